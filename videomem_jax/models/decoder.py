@@ -1,0 +1,218 @@
+"""Qwen3-VL's decoder: layers scanned, keys and values handed out and in.
+
+One forward serves the prompt (no context, one sequence a row), the update (r completions that
+share a prompt's keys and values) and, with a cache, sampling. Sampling and update thus run the
+same code on the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from videomem_jax.models import layers
+from videomem_jax.models.config import TextConfig
+
+
+class KV(NamedTuple):
+    """Keys (rotated) and values of every layer: [L, n, p, k, h], or [L, n, r, c, k, h]."""
+
+    k: Array
+    v: Array
+
+
+class DeepStack(NamedTuple):
+    """Vision features to add after the first D layers.
+
+    features: [D, n, v, d].
+    slot: [n, s], the feature that belongs to a token; below 0 for none.
+    """
+
+    features: Float[Array, "D n v d"]
+    slot: Int[Array, "n s"]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        d, h = config.hidden_size, config.head_dim
+        n, k = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = layers.Linear(d, n * h, bias=False, rngs=rngs)
+        self.k_proj = layers.Linear(d, k * h, bias=False, rngs=rngs)
+        self.v_proj = layers.Linear(d, k * h, bias=False, rngs=rngs)
+        self.o_proj = layers.Linear(n * h, d, bias=False, rngs=rngs)
+        self.q_norm = layers.RMSNorm(h, config.rms_norm_eps)
+        self.k_norm = layers.RMSNorm(h, config.rms_norm_eps)
+        self.head_dim = h
+
+    def project(self, x, angles):
+        """Rotated queries and keys, and values: [n, r, s, heads, h]."""
+        q, k, v = (
+            rearrange(project(x), "... (n h) -> ... n h", h=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return (
+            layers.rotate(self.q_norm(q), angles),
+            layers.rotate(self.k_norm(k), angles),
+            v,
+        )
+
+    def output(self, y):
+        return self.o_proj(rearrange(y, "... n h -> ... (n h)"))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        d, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = layers.Linear(d, hidden, bias=False, rngs=rngs)
+        self.up_proj = layers.Linear(d, hidden, bias=False, rngs=rngs)
+        self.down_proj = layers.Linear(hidden, d, bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def finish(self, x, attended):
+        """The rest of the layer, from the attention's output on."""
+        x = x + self.self_attn.output(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nnx.Module):
+    """The language model; parameter names follow the checkpoints' (`model.language_model.*`)."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, remat: bool = False):
+        self.config = config
+        init = jax.nn.initializers.normal(config.hidden_size**-0.5)
+        self.embed_tokens = nnx.Param(
+            init(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
+        )
+        self.layers = layers.stack_layers(
+            lambda rngs: Layer(config, rngs=rngs), config.num_hidden_layers, rngs
+        )
+        self.norm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.remat = remat
+
+    def angles(self, positions: Int[Array, "3 *s"]) -> Float[Array, "*s h2"]:
+        """Rotary angles of these positions."""
+        c = self.config
+        return layers.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+
+    def __call__(
+        self,
+        x: Float[Array, "n r s d"],
+        positions: Int[Array, "3 n r s"],
+        mask: Bool[Array, "n r s"],
+        *,
+        context: KV | None = None,
+        context_mask: Bool[Array, "n p"] | None = None,
+        deepstack: DeepStack | None = None,
+    ) -> tuple[Float[Array, "n r s d"], KV]:
+        """Runs the layers over r sequences a row; causal among themselves, after the context.
+
+        Args:
+          x: embeddings.
+          positions: time, height and width position of each token.
+          mask: tokens that exist; the others are seen by none and their output means nothing.
+          context: keys and values [L, n, p, k, h] of the prompt that a row's sequences share.
+          context_mask: prompt positions that exist.
+          deepstack: vision features (for r = 1).
+
+        Returns:
+          The final norm's output, and keys and values [L, n, r, s, k, h].
+        """
+        graph, stacked = nnx.split(self.layers)
+        angles = self.angles(positions)
+        causal = jnp.tril(jnp.ones((x.shape[2],) * 2, bool))
+        seen = mask[:, :, None, :] & causal
+
+        def layer(x, inputs):
+            params, index, own_context = inputs
+            module = nnx.merge(graph, params)
+            q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
+            y = layers.attend(q, k, v, seen, own_context, context_mask)
+            x = module.finish(x, y)
+            if deepstack is not None and deepstack.features.shape[0]:
+                x = x + _deepstack_at(deepstack, index).astype(x.dtype)[:, None]
+            return x, KV(k, v)
+
+        if self.remat:
+            layer = jax.checkpoint(layer)
+        inputs = (stacked, jnp.arange(self.config.num_hidden_layers), context)
+        x, kv = jax.lax.scan(layer, x, inputs)
+        return self.norm(x), kv
+
+    def step(
+        self,
+        x: Float[Array, "n r d"],
+        positions: Int[Array, "3 n r"],
+        cache: KV,
+        index: Int[Array, ""],
+        *,
+        context: KV,
+        context_mask: Bool[Array, "n p"],
+    ) -> tuple[Float[Array, "n r d"], KV]:
+        """One token of each of n x r completions, the `index`-th of all of them.
+
+        Args:
+          x: its embedding.
+          positions: its positions.
+          cache: keys and values [L, n, r, c, k, h] of the completions, filled below `index`.
+          index: the token's place in the cache.
+          context, context_mask: the prompts, as in `__call__`.
+
+        Returns:
+          The final norm's output, and the cache with the token in it.
+        """
+        graph, stacked = nnx.split(self.layers)
+        angles = self.angles(positions[..., None])
+        n, r, _ = x.shape
+        seen = jnp.broadcast_to(jnp.arange(cache.k.shape[3]) <= index, (n, r, 1, cache.k.shape[3]))
+
+        def layer(carry, inputs):
+            x, cache = carry
+            params, i, own_context = inputs
+            module = nnx.merge(graph, params)
+            q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
+            at = (i, 0, 0, index, 0, 0)
+            cache = KV(
+                *(
+                    jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
+            )
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in cache)
+            y = layers.attend(q, own_k, own_v, seen, own_context, context_mask)
+            return (module.finish(x, y), cache), None
+
+        inputs = (stacked, jnp.arange(self.config.num_hidden_layers), context)
+        (x, cache), _ = jax.lax.scan(layer, (x[:, :, None], cache), inputs)
+        return self.norm(x)[:, :, 0], cache
+
+
+def _deepstack_at(deepstack: DeepStack, index: Int[Array, ""]) -> Float[Array, "n s d"]:
+    """What is added after layer `index`: a feature a vision token, zero elsewhere and later."""
+    count = deepstack.features.shape[0]
+    features = jax.lax.dynamic_index_in_dim(
+        deepstack.features, jnp.minimum(index, count - 1), keepdims=False
+    )
+    return place(features, deepstack.slot, wanted=index < count)
+
+
+def place(
+    features: Float[Array, "n v d"], slot: Int[Array, "n s"], wanted: Bool[Array, ""] | bool = True
+) -> Float[Array, "n s d"]:
+    """The features at their tokens: out[n, s] = features[n, slot[n, s]], zero where slot < 0."""
+    picked = jnp.take_along_axis(features, jnp.maximum(slot, 0)[..., None], axis=1)
+    return jnp.where((slot >= 0)[..., None] & wanted, picked, 0)

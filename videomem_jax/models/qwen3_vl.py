@@ -1,0 +1,120 @@
+"""Qwen3-VL as a whole: vision tower, decoder, output head."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from videomem_jax.models.config import Qwen3VLConfig
+from videomem_jax.models.decoder import KV, Decoder, DeepStack, place
+from videomem_jax.models.layers import Linear
+from videomem_jax.models.vision import VisionFeatures, VisionTower
+
+
+class Qwen3VL(nnx.Module):
+    """The model. `dtype` is that of the activations; parameters keep the dtype they have."""
+
+    def __init__(
+        self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+    ):
+        self.config = config
+        self.visual = VisionTower(config.vision, rngs=rngs)
+        self.language_model = Decoder(config.text, rngs=rngs, remat=remat)
+        tied = config.text.tie_word_embeddings
+        d, vocab = config.text.hidden_size, config.text.vocab_size
+        self.lm_head = None if tied else Linear(d, vocab, bias=False, rngs=rngs)
+        self.dtype = dtype
+
+    def see(
+        self,
+        patches: Num[Array, "n f q e"],
+        patch_positions: Int[Array, "n q 2"],
+        grid: Int[Array, "n 2"],
+    ) -> VisionFeatures:
+        """Vision features of n clips; see `VisionTower.__call__`."""
+        return self.visual(patches, patch_positions, grid, self.dtype)
+
+    def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
+        """Embeddings of token ids."""
+        return self.language_model.embed_tokens[...][tokens].astype(self.dtype)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "n p"],
+        positions: Int[Array, "3 n p"],
+        mask: Bool[Array, "n p"],
+        features: VisionFeatures | None = None,
+        slot: Int[Array, "n p"] | None = None,
+    ) -> tuple[Float[Array, "n p d"], KV]:
+        """Runs n prompts.
+
+        Args:
+          tokens, positions, mask: the prompts; padding may stand anywhere.
+          features: vision features of the prompts' clips.
+          slot: the feature of each token, below 0 where it is text.
+
+        Returns:
+          Hidden states, and keys and values [L, n, p, k, h].
+        """
+        x, deepstack = self.embed(tokens), None
+        if features is not None:
+            vision = place(features.embeds.astype(self.dtype), slot)
+            x = jnp.where((slot >= 0)[..., None], vision, x)
+            deepstack = DeepStack(features.deepstack, slot)
+        hidden, kv = self.language_model(
+            x[:, None], positions[:, :, None], mask[:, None], deepstack=deepstack
+        )
+        return hidden[:, 0], KV(*(a[:, :, 0] for a in kv))
+
+    def complete(
+        self,
+        tokens: Int[Array, "n r s"],
+        positions: Int[Array, "3 n r s"],
+        mask: Bool[Array, "n r s"],
+        context: KV,
+        context_mask: Bool[Array, "n p"],
+    ) -> Float[Array, "n r s d"]:
+        """Hidden states of r completions a prompt, the prompt's keys and values being shared."""
+        hidden, _ = self.language_model(
+            self.embed(tokens), positions, mask, context=context, context_mask=context_mask
+        )
+        return hidden
+
+    def step(
+        self,
+        tokens: Int[Array, "n r"],
+        positions: Int[Array, "3 n r"],
+        cache: KV,
+        index: Int[Array, ""],
+        context: KV,
+        context_mask: Bool[Array, "n p"],
+    ) -> tuple[Float[Array, "n r d"], KV]:
+        """Hidden states of the completions' next token; see `Decoder.step`."""
+        return self.language_model.step(
+            self.embed(tokens), positions, cache, index, context=context, context_mask=context_mask
+        )
+
+    def empty_cache(self, n: int, r: int, size: int) -> KV:
+        """A cache for n x r completions of at most `size` tokens."""
+        c = self.config.text
+        shape = (c.num_hidden_layers, n, r, size, c.num_key_value_heads, c.head_dim)
+        return KV(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+        """Logits in float32."""
+        if self.lm_head is None:
+            table = self.language_model.embed_tokens[...].astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+def abstract(config: Qwen3VLConfig, dtype=jnp.float32, remat: bool = False) -> Qwen3VL:
+    """The model with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+
+
+def parameter_count(model: Qwen3VL) -> int:
+    """Numbers in all parameters."""
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
