@@ -1,0 +1,102 @@
+"""Chains of memory for supervised training: honest, in order, within the budget."""
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from videomem_jax.data import needle, needle_chains, records
+
+
+@pytest.fixture(scope="module")
+def train():
+    """The records of the demo's train split, without videos."""
+    plans = needle._plans("train", needle.DEMO_SPLITS["train"])
+    return [record for plan in plans for record in plan.records]
+
+
+def test_cards_at():
+    cards = [{"time": 4.0, "picture": "cat"}, {"time": 10.5, "picture": "car"}]
+    seen = {t: [c["picture"] for c in needle_chains.cards_at(cards, t)] for t in [(3.5, 6.0), (4,)]}
+    assert seen == {(3.5, 6.0): [], (4,): ["cat"]}
+    assert needle_chains.cards_at(cards, [5.5, 5.9, 12.0, 20.0]) == cards
+
+
+def test_chains_are_honest(train):
+    for index, record in enumerate(train):
+        rng = np.random.default_rng(index)
+        memories, answers = needle_chains.chain(record, rng, budget_cards=3)
+        assert len(memories) == len(answers) == 4
+        before = []
+        for segment, (memory, answer) in enumerate(zip(memories, answers, strict=True)):
+            words = memory.split()
+            held = list(zip(words[::2], words[1::2], strict=True))
+            assert " ".join(f"{colour} {picture}" for colour, picture in held) == memory
+            assert len(held) <= 3
+            new = [
+                (card["colour"], card["picture"])
+                for card in record.meta["cards"]
+                if card["segment"] == segment
+            ]
+            # In order of showing, nothing from later, nothing that was forgotten.
+            assert held == [pair for pair in before + new if pair in held]
+            supported = {
+                "colour": [p for c, p in held if c == record.meta["about"]],
+                "first": [p for _, p in held[:1]],
+                "last": [p for _, p in held[-1:]],
+                "after": [
+                    b for (_, a), (_, b) in itertools.pairwise(held) if a == record.meta["about"]
+                ],
+                "count": [str(sum(c == record.meta["about"] for c, _ in held))],
+            }[record.category]
+            if supported and supported[0] in record.options:
+                assert record.options["ABCD".index(answer)] == supported[0]
+            before = held
+
+
+def test_a_chain_that_keeps_all_ends_with_the_right_answer(train):
+    for record in train:
+        rng = np.random.default_rng(0)
+        memories, answers = needle_chains.chain(record, rng, budget_cards=99, keep=1.0)
+        assert memories[-1] == needle_chains.memory_text(record.meta["cards"])
+        assert answers[-1] == record.answer
+
+
+def test_chains_keep_cards_at_the_rate_asked_for(train):
+    kept = [
+        len(needle_chains.chain(record, np.random.default_rng(i), 99, keep=0.5)[0][0].split()) / 2
+        for i, record in enumerate(train)
+    ]
+    shown = [sum(c["segment"] == 0 for c in record.meta["cards"]) for record in train]
+    assert sum(kept) / sum(shown) == pytest.approx(0.5, abs=0.03)
+
+
+def test_answers_without_support_are_any_option(train):
+    answers = Counter()
+    for i, record in enumerate(train):
+        answers.update(needle_chains.chain(record, np.random.default_rng(i), 0)[1])
+    for letter in "ABCD":
+        assert answers[letter] / answers.total() == pytest.approx(0.25, abs=0.03)
+
+
+def test_write_chains(tmp_path, train):
+    records.write_records(tmp_path / "train.jsonl", train[:50])
+    path = needle_chains.write_chains(tmp_path, budget_cards=4, chains_per_record=2)
+    assert path == tmp_path / "coldstart.jsonl"
+    written, skipped = records.read_records(path)
+    assert not skipped
+    assert len(written) == 100
+    assert any(a.memories != b.memories for a, b in zip(written[::2], written[1::2], strict=True))
+    assert written[1].id == "train-0000-0-chain1"
+    assert written[0].video == str(tmp_path / train[0].video)
+    first = path.read_bytes()
+    needle_chains.write_chains(tmp_path, budget_cards=4, chains_per_record=2)
+    assert path.read_bytes() == first
+
+
+def test_supported_answer_needs_a_kind(train):
+    record = dataclasses.replace(train[0], category="weather")
+    with pytest.raises(ValueError, match="'weather'"):
+        needle_chains.supported_answer(record, [])

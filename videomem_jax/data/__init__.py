@@ -1,0 +1,1 @@
+"""Data: records, video decoding and the embedded "needle in a film" task."""

@@ -1,0 +1,114 @@
+"""Supervised chains of memory for the embedded task, and what is on screen at a time.
+
+A memory is the text of some cards in the order in which they were shown, such as
+"red cat blue star"; it is empty where nothing is remembered. Chains are honest (a memory holds
+only what the clips so far showed, and the answer is what that memory supports) but do not look
+at the question: which cards to keep is left for reinforcement learning to find.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from videomem_jax.data import needle_video, records
+
+CardFacts = Mapping[str, Any]
+"""One of a record's `meta["cards"]`: colour, picture, time in seconds, segment."""
+
+
+def cards_at(cards: Iterable[CardFacts], times: Iterable[float]) -> list[CardFacts]:
+    """The cards on screen at any of the times (seconds), each once, in order of showing."""
+    times = list(times)
+    stay = needle_video.CARD_SECONDS
+    return [c for c in cards if any(c["time"] <= time < c["time"] + stay for time in times)]
+
+
+def memory_text(cards: Iterable[CardFacts]) -> str:
+    """Colour and picture of each card, all separated by single spaces."""
+    return " ".join(f"{card['colour']} {card['picture']}" for card in cards)
+
+
+def chain(
+    record: records.Record, rng: np.random.Generator, budget_cards: int, keep: float = 0.7
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Draws a chain of memories and provisional answers for a record of the task.
+
+    After each clip, each card of the memory before and of the clip is kept with probability
+    `keep`; while more than `budget_cards` remain, random ones are dropped.
+
+    Returns:
+      For each clip, the memory after it, and the letter of the option that the memory supports,
+      or of a random option where it supports none.
+    """
+    held: list[CardFacts] = []
+    memories, answers = [], []
+    for segment in range(round(record.duration / needle_video.CLIP_SECONDS)):
+        held += [card for card in record.meta["cards"] if card["segment"] == segment]
+        held = [card for card in held if rng.random() < keep]
+        while len(held) > budget_cards:
+            held.pop(rng.integers(len(held)))
+        memories.append(memory_text(held))
+        answer = supported_answer(record, held)
+        if answer not in record.options:
+            answer = record.options[rng.integers(len(record.options))]
+        answers.append(records.LETTERS[record.options.index(answer)])
+    return tuple(memories), tuple(answers)
+
+
+def supported_answer(record: records.Record, held: Sequence[CardFacts]) -> str | None:
+    """The answer that a memory of the cards `held` gives; it need not be an option.
+
+    Raises:
+      ValueError: the record's category is no kind of question of the task.
+    """
+    pictures = [card["picture"] for card in held]
+    about = record.meta["about"]
+    if record.category == "colour":
+        return next((card["picture"] for card in held if card["colour"] == about), None)
+    if record.category == "first":
+        return pictures[0] if pictures else None
+    if record.category == "last":
+        return pictures[-1] if pictures else None
+    if record.category == "after":
+        place = pictures.index(about) + 1 if about in pictures else len(pictures)
+        return pictures[place] if place < len(pictures) else None
+    if record.category == "count":
+        return str(sum(card["colour"] == about for card in held))
+    raise ValueError(f"Record {record.id} is no needle question: category {record.category!r}.")
+
+
+def write_chains(
+    folder: str | os.PathLike,
+    *,
+    budget_cards: int,
+    keep: float = 0.7,
+    chains_per_record: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Writes `folder/coldstart.jsonl`: the train records with memories and answers.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      RecordError: there is no `folder/train.jsonl`.
+      OSError: the file cannot be written.
+    """
+    train, _ = records.read_records(Path(folder) / "train.jsonl")
+    path = Path(folder) / "coldstart.jsonl"
+
+    def chained() -> Iterator[records.Record]:
+        for index, record in enumerate(train):
+            for number in range(chains_per_record):
+                rng = np.random.default_rng([seed, index, number])
+                memories, answers = chain(record, rng, budget_cards, keep)
+                yield dataclasses.replace(
+                    record, id=f"{record.id}-chain{number}", memories=memories, answers=answers
+                )
+
+    records.write_records(path, chained())
+    return path

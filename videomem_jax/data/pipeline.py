@@ -1,0 +1,238 @@
+"""From records to batches, through grain: seek, decode, resize, patchify, tokenise.
+
+Every record becomes one row of a `Batch` of fixed shapes. Order and position are grain's, so an
+iterator's state can be saved and restored exactly. A record whose video cannot be used is skipped,
+counted by cause and named; it never stops a run.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from videomem_jax import settings as cfg
+from videomem_jax.batch import Batch, Chain, Clip
+from videomem_jax.data import video
+from videomem_jax.data.records import LETTERS, Record, RecordError
+from videomem_jax.prompt import PromptError, memory_ids, write_prefix
+from videomem_jax.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class FrameCache:
+    """Decoded frames by video and times, the oldest dropped beyond a number of bytes."""
+
+    def __init__(self, megabytes: int):
+        self._room = megabytes * 2**20
+        self._used = 0
+        self._kept: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(
+        self, path: str, times: np.ndarray, size: tuple[int, int]
+    ) -> UInt8[np.ndarray, "f h w 3"]:
+        """`video.read_frames`, remembered."""
+        key = (path, times.tobytes(), size)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        frames = video.read_frames(path, times, size)
+        with self._lock:
+            if key not in self._kept and frames.nbytes <= self._room:
+                self._kept[key] = frames
+                self._used += frames.nbytes
+            while self._used > self._room:
+                self._used -= self._kept.popitem(last=False)[1].nbytes
+        return frames
+
+    def __getstate__(self):
+        return {"_room": self._room}
+
+    def __setstate__(self, state):
+        self.__init__(state["_room"] // 2**20)
+
+
+class Loader:
+    """Turns a record into one row of a Batch."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, settings: cfg.Settings, segments: int, blind: bool = False
+    ):
+        self.tokenizer, self.settings, self.segments, self.blind = (
+            tokenizer,
+            settings,
+            segments,
+            blind,
+        )
+        self._cache = FrameCache(settings.data.cache_mb)
+
+    def times(self, record: Record) -> np.ndarray:
+        """Sampling times [t, f] of a record's clips in seconds."""
+        return video.sample_times(
+            record.video, self.segments, self.settings.prompt.frames, record.start, record.end
+        )
+
+    def __call__(self, index: int, record: Record) -> Batch:
+        """The row of a record; `index` is its place in the data set.
+
+        Raises:
+          VideoError, PromptError, ConfigError: one sentence on what cannot be used.
+        """
+        sizes = self.settings.prompt
+        info = video.probe(record.video)
+        height, width = video.smart_resize(info.height, info.width, max_pixels=sizes.max_pixels)
+        grid = (height // 16, width // 16)
+        times = self.times(record)
+        frames = self._cache.read(record.video, times.reshape(-1), (height, width))
+        if self.blind:
+            frames = np.full_like(frames, 127)
+        patches = video.patchify(frames).reshape(self.segments, sizes.frames // 2, -1, 1536)
+        room = sizes.max_pixels // 256
+        patches = np.pad(patches, ((0, 0), (0, 0), (0, room - patches.shape[2]), (0, 0)))
+        places = video.patch_positions(height, width)
+        places = np.pad(places, ((0, room - len(places)), (0, 0)))
+        prefixes = [
+            write_prefix(
+                self.tokenizer, record.question, record.options, t, grid, sizes.prefix_tokens
+            )
+            for t in times
+        ]
+        repeat = lambda a: np.repeat(np.asarray(a, np.int32)[None], self.segments, 0)  # noqa: E731
+        return Batch(
+            prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),
+            clip=Clip(patches, repeat(places), repeat(grid)),
+            chain=self._chain(record),
+            gold=np.int32(LETTERS.index(record.answer)),
+            options=np.int32(len(record.options)),
+            record=np.int32(index),
+            real=np.bool_(True),
+        )
+
+    def _chain(self, record: Record) -> Chain:
+        t, slots = self.segments, self.settings.memory.slots
+        memory = np.full((t, slots), self.tokenizer.ids.pad, np.int32)
+        length, answer = np.full(t, -1, np.int32), np.full(t, -1, np.int32)
+        if record.memories is not None:
+            if len(record.memories) != t:
+                raise PromptError(
+                    f"{record.id} has {len(record.memories)} memories, but the run has {t} segments"
+                )
+            for i, text in enumerate(record.memories):
+                ids = memory_ids(self.tokenizer, text, slots)
+                memory[i, : len(ids)], length[i] = ids, len(ids)
+            # Without provisional answers of its own, a chain teaches the right one at its end.
+            answer[-1] = LETTERS.index(record.answer)
+            for i, letter in enumerate(record.answers or ()):
+                answer[i] = LETTERS.index(letter)
+        return Chain(memory, length, answer)
+
+
+class Skips:
+    """Counts records that could not be used, by cause."""
+
+    def __init__(self):
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._named: set[str] = set()
+        self._in_a_row = 0
+
+    def good(self) -> None:
+        """Notes a record that could be used."""
+        self._in_a_row = 0
+
+    def add(self, record: Record, error: Exception, of: int) -> None:
+        """Counts a record, and names it in the log the first time.
+
+        Raises:
+          RecordError: when as many in a row as there are (`of`) could not be used: going on
+            would never end.
+        """
+        self.counts[type(error).__name__] += 1
+        self._in_a_row += 1
+        if record.id not in self._named:
+            self._named.add(record.id)
+            _log.warning("record %s is skipped: %s", record.id, error)
+        if self._in_a_row >= of:
+            raise RecordError(f"none of the {of} records can be used; the last one: {error}")
+
+
+class _Load(grain.transforms.Map):
+    """A row for a (number, record) pair, or None where the record cannot be used."""
+
+    def __init__(self, loader: Loader, records: Sequence[Record], skips: Skips):
+        self.loader, self.records, self.skips = loader, records, skips
+
+    def map(self, index):
+        try:
+            row = self.loader(index, self.records[index])
+        except ValueError as error:  # VideoError, PromptError and ConfigError among them
+            self.skips.add(self.records[index], error, len(self.records))
+            return None
+        self.skips.good()
+        return row
+
+
+def training_batches(
+    records: Sequence[Record],
+    loader: Loader,
+    settings: cfg.Settings,
+    batch: int,
+    seed: int,
+    skips: Skips,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches of rows `[b, ...]`; `get_state`/`set_state` give the position.
+
+    Each process of a multi-host run reads its own records.
+    """
+    shard, shards = jax.process_index(), jax.process_count()
+    index = np.arange(len(records))[shard::shards]
+    data = (
+        grain.MapDataset.source(index)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .map(_Load(loader, records, skips))
+        .to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=settings.data.threads,
+                prefetch_buffer_size=settings.data.prefetch * batch,
+            )
+        )
+        .filter(lambda row: row is not None)
+        .batch(batch // shards, drop_remainder=True, batch_fn=stack)
+    )
+    if settings.data.workers:
+        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.data.workers))
+    return iter(data)
+
+
+def evaluation_batches(
+    records: Sequence[Record], loader: Loader, batch: int, skips: Skips, threads: int = 2
+):
+    """All records in order as batches; the last one is filled up with rows that are not `real`."""
+    data = grain.MapDataset.source(np.arange(len(records))).map(_Load(loader, records, skips))
+    rows: list[Batch] = []
+    for row in data.to_iter_dataset(grain.ReadOptions(num_threads=threads)):
+        if row is not None:
+            rows.append(row)
+        if len(rows) == batch:
+            yield stack(rows)
+            rows = []
+    if rows:
+        fill = rows[0]._replace(real=np.bool_(False))
+        yield stack(rows + [fill] * (batch - len(rows)))
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    """Rows as one batch, with a new first axis."""
+    return jax.tree.map(lambda *a: np.stack(a), *rows)
+

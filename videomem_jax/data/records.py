@@ -1,0 +1,339 @@
+"""The one record schema: a multiple-choice question about a video, one JSON object a line.
+
+A row of a JSONL file has these fields:
+
+    id        string, unique in the file
+    video     string, path of the video, relative to the folder of the JSONL file
+    question  string
+    options   list of 2 to 26 different strings, without letters before them
+    answer    the letter of the right option: "A" is the first
+    start     optional number, seconds: where the part that the question is about begins
+    end       optional number, seconds: where it ends
+    memories  optional list of strings: the memory after every clip, for supervised chains
+    answers   optional list of letters, one per memory: the provisional answers
+    duration  optional number, seconds: length of the video
+    category  optional string: kind of question, for tables
+    source    optional string: the data set that the record comes from
+    meta      optional object: facts of the task, not interpreted here
+
+A bad row never stops a run: it is skipped, counted by cause and named in the log.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_REQUIRED = ("id", "video", "question", "options", "answer")
+_NAMED_PER_CAUSE = 20
+
+_log = logging.getLogger(__name__)
+
+
+class RecordError(ValueError):
+    """A file of records that cannot be used; the message is one sentence."""
+
+
+class BadRecord(RecordError):
+    """One record that breaks the schema.
+
+    Attributes:
+      cause: short name to count by, such as "missing field" or "wrong type".
+    """
+
+    def __init__(self, cause: str, sentence: str):
+        super().__init__(sentence)
+        self.cause = cause
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A question about a video; the module's docstring explains the fields.
+
+    Raises:
+      BadRecord: on construction, when a value breaks the schema.
+    """
+
+    id: str
+    video: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    start: float | None = None
+    end: float | None = None
+    memories: tuple[str, ...] | None = None
+    answers: tuple[str, ...] | None = None
+    duration: float | None = None
+    category: str | None = None
+    source: str | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("id", "video", "question"):
+            _check_text(name, getattr(self, name))
+        for name in ("category", "source"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        if not isinstance(self.meta, dict):
+            raise BadRecord("wrong type", f"'meta' must be an object, found {_show(self.meta)}.")
+        self._check_options()
+        _check_letter("answer", self.answer, self.options)
+        self._check_times()
+        self._check_chain()
+
+    def _check_options(self) -> None:
+        _check_texts("options", self.options)
+        if not 2 <= len(self.options) <= len(LETTERS):
+            raise BadRecord(
+                "options",
+                f"'options' must hold 2 to {len(LETTERS)} strings, found {len(self.options)}.",
+            )
+        for option, count in Counter(self.options).items():
+            if count > 1:
+                raise BadRecord(
+                    "options", f"'options' must differ, found {_show(option)} {count} times."
+                )
+            if not option.strip():
+                raise BadRecord("options", "'options' must not be empty strings, found one.")
+
+    def _check_times(self) -> None:
+        for name in ("start", "end", "duration"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise BadRecord(
+                    "wrong type", f"'{name}' must be a number of seconds, found {_show(value)}."
+                )
+            if not math.isfinite(value) or value < 0:
+                raise BadRecord(
+                    "times", f"'{name}' must be finite and not negative, found {value}."
+                )
+        if self.end is not None and (self.start or 0.0) >= self.end:
+            raise BadRecord(
+                "times",
+                f"'start' must be before 'end', found start {self.start or 0.0} s and end "
+                f"{self.end} s.",
+            )
+
+    def _check_chain(self) -> None:
+        if self.memories is not None:
+            _check_texts("memories", self.memories)
+        if self.answers is None:
+            return
+        _check_texts("answers", self.answers)
+        for answer in self.answers:
+            _check_letter("answers", answer, self.options)
+        memories = 0 if self.memories is None else len(self.memories)
+        if len(self.answers) != memories:
+            raise BadRecord(
+                "chain",
+                f"'answers' must hold one letter per memory, found {len(self.answers)} answers "
+                f"and {memories} memories.",
+            )
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Record":
+        """Makes a record of a parsed JSON object, ignoring fields that it does not know.
+
+        An answer given as the text of an option becomes that option's letter.
+
+        Raises:
+          BadRecord: a field is missing or breaks the schema.
+        """
+        if not isinstance(row, Mapping):
+            raise BadRecord("wrong type", f"a row must be a JSON object, found {_show(row)}.")
+        for name in _REQUIRED:
+            if row.get(name) is None:
+                raise BadRecord("missing field", f"'{name}' is missing.")
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {name: row[name] for name in known & row.keys() if row[name] is not None}
+        for name in ("options", "memories", "answers"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        values["answer"] = _letter_of(values["answer"], values["options"])
+        return cls(**values)
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object of this record, without the optional fields that are not set."""
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in row.items() if value is not None and value != {}}
+
+
+class Skipped(Counter):
+    """Numbers of skipped records by cause; `skip` counts one and names it in the log."""
+
+    def skip(self, where: str, error: BadRecord) -> None:
+        """Counts `error`, found at `where` (such as "train.jsonl:12")."""
+        self[error.cause] += 1
+        level = logging.WARNING if self[error.cause] <= _NAMED_PER_CAUSE else logging.DEBUG
+        _log.log(level, "%s: record skipped: %s", where, error)
+
+    def summary(self) -> str:
+        """Such as "3 records skipped (2 missing field, 1 times)"."""
+        causes = ", ".join(f"{count} {cause}" for cause, count in self.most_common())
+        return f"{self.total()} records skipped ({causes})" if self else "no record skipped"
+
+
+def read_records(
+    path: str | os.PathLike, *, allow_outside: bool = False
+) -> tuple[list[Record], Skipped]:
+    """Reads a JSONL file of records.
+
+    Args:
+      path: the file. Relative video paths start at its folder; the records returned have the
+        full paths.
+      allow_outside: whether a record's video may lie outside that folder.
+
+    Returns:
+      The good records in the order of the file, and the numbers of bad ones by cause.
+
+    Raises:
+      RecordError: the file cannot be read, or no row in it is good.
+    """
+    path = Path(path)
+    folder = os.path.abspath(path.parent)
+    records, skipped, seen, as_text, unknown = [], Skipped(), set(), 0, Counter()
+    known = {f.name for f in dataclasses.fields(Record)}
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = _parse(line)
+                    record = Record.from_row(row)
+                    if record.id in seen:
+                        raise BadRecord("duplicate id", f"'id' {record.id!r} was used before.")
+                    video = _place(record.video, folder, allow_outside)
+                except BadRecord as error:
+                    skipped.skip(where, error)
+                    continue
+                seen.add(record.id)
+                unknown.update(row.keys() - known)
+                as_text += row["answer"] != record.answer
+                records.append(dataclasses.replace(record, video=video))
+    except OSError as error:
+        raise RecordError(f"Cannot read the records of {path}: {error.strerror}.") from error
+    if not records:
+        raise RecordError(f"{path} holds no good record: {skipped.summary()}.")
+    if as_text:
+        _log.warning(
+            "%s: %d records gave the answer's text instead of its letter; converted.", path, as_text
+        )
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        _log.warning("%s: fields that the schema does not have were ignored: %s.", path, names)
+    if skipped:
+        _log.warning("%s: %d records read, %s.", path, len(records), skipped.summary())
+    return records, skipped
+
+
+def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
+    """Writes records as JSONL, all or nothing; videos under the file's folder become relative.
+
+    Raises:
+      OSError: the file cannot be written; an older file of that name is then unchanged.
+    """
+    path = Path(path)
+    folder = os.path.abspath(path.parent)
+    with replacing(path) as out:
+        for record in records:
+            row = record.to_row()
+            video = os.path.normpath(os.path.join(folder, record.video))
+            if _is_inside(video, folder):
+                row["video"] = Path(os.path.relpath(video, folder)).as_posix()
+            else:
+                row["video"] = video
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a binary file that takes the place of `path` when the block ends without error.
+
+    Raises:
+      OSError: the file cannot be written; nothing is left of it then.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("not JSON", f"a row must be a JSON object: {error}.") from error
+
+
+def _place(video: str, folder: str, allow_outside: bool) -> str:
+    """The full path of a record's video."""
+    full = os.path.normpath(os.path.join(folder, video))
+    if not allow_outside and not _is_inside(full, folder):
+        raise BadRecord(
+            "outside", f"'video' must lie under the folder of the JSONL file, found {video!r}."
+        )
+    return full
+
+
+def _is_inside(full: str, folder: str) -> bool:
+    return os.path.commonpath([full, folder]) == folder
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise BadRecord("wrong type", f"'{name}' must be a string, found {_show(value)}.")
+    if not value.strip():
+        raise BadRecord("empty field", f"'{name}' must not be empty.")
+
+
+def _check_texts(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+        raise BadRecord("wrong type", f"'{name}' must be a list of strings, found {_show(value)}.")
+
+
+def _check_letter(name: str, value: Any, options: tuple[str, ...]) -> None:
+    letters = LETTERS[: len(options)]
+    if not isinstance(value, str) or len(value) != 1 or value not in letters:
+        raise BadRecord(
+            "answer",
+            f"'{name}' must be a letter from A to {letters[-1]} (there are {len(options)} "
+            f"options), found {_show(value)}.",
+        )
+
+
+def _letter_of(answer: Any, options: Any) -> Any:
+    """The letter of an answer given as an option's text; anything else as it is.
+
+    A single letter is taken as a letter even where an option has it as its text.
+    """
+    if not isinstance(options, tuple) or answer not in options[: len(LETTERS)]:
+        return answer
+    return answer if answer in tuple(LETTERS) else LETTERS[options.index(answer)]
+
+
+def _show(value: Any, width: int = 60) -> str:
+    """A value for a sentence, cut to `width` characters."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= width else text[: width - 3] + "..."
