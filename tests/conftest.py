@@ -1,0 +1,233 @@
+"""For all tests: 8 virtual devices, compiled code kept on disk, a tiny tokenizer and model."""
+
+import contextlib
+import functools
+import os
+import pathlib
+
+# Before jax starts: it reads these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from videomem_jax import grammar as fmt  # noqa: E402
+from videomem_jax.batch import Batch, Chain, Clip, Prefix  # noqa: E402
+from videomem_jax.memory import Format  # noqa: E402
+from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig  # noqa: E402
+from videomem_jax.models.qwen3_vl import abstract  # noqa: E402
+from videomem_jax.prompt import turn_end, write_prefix  # noqa: E402
+from videomem_jax.tokenizer import Tokenizer  # noqa: E402
+
+QWEN = pathlib.Path(__file__).parents[2] / "shared" / "tokenizer" / "qwen3"
+LINES = (
+    "the cat was on the red card and the boat on the blue card",
+    "which picture was on the red card? the first card, the last card",
+    "user assistant seconds <1.0 seconds><13.5 seconds>",
+)
+# Rows of the model's embedding: more than the tokenizer has tokens, as in Qwen's checkpoints.
+VOCAB = 320
+
+
+def pytest_configure(config):
+    """Keeps compiled code in pytest's cache folder, so that the next run finds it."""
+    if getattr(config, "cache", None) is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def _hasty() -> dict:
+    """Compiler options that spare most of the time of compiling, as far as this XLA knows them."""
+    options = {}
+    for name, value in (
+        ("xla_backend_optimization_level", 0),
+        ("xla_cpu_use_fusion_emitters", False),
+    ):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+            options[name] = value
+    return options
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer with a few words of its own."""
+    return Tokenizer.train(LINES, VOCAB - 16)
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Tokenizer:
+    """The real Qwen3 tokenizer, where the machine has it."""
+    if not (QWEN / "tokenizer.json").is_file():
+        pytest.skip(f"{QWEN} is not there")
+    return Tokenizer.load(QWEN)
+
+
+class TinyModel:
+    """A Qwen3-VL of two layers whose every parameter is random."""
+
+    def __init__(self):
+        text = TextConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            rope_theta=1e4,
+            mrope_section=(4, 2, 2),
+            tie_word_embeddings=True,
+        )
+        vision = VisionConfig(
+            depth=1,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+            patch_size=4,
+            deepstack_visual_indexes=(0,),
+        )
+        self.config = Qwen3VLConfig(text=text, vision=vision)
+        self.graph, shapes = nnx.split(abstract(self.config))
+        rng = np.random.default_rng(0)
+
+        def draw(path, leaf):
+            kind, noise = path[-2].key, rng.standard_normal(leaf.shape, np.float32)
+            if kind == "scale":
+                return 1 + 0.2 * noise
+            return noise * (leaf.shape[-2] ** -0.5 if kind == "kernel" else 0.3)
+
+        values = jax.tree_util.tree_map_with_path(draw, shapes)
+        self.state = jax.tree.map(jax.numpy.asarray, values)
+
+    def jit(self, function):
+        """`function(model, *args)` with the parameters as an argument, hastily compiled."""
+        compiled = jax.jit(
+            lambda state, *args: function(nnx.merge(self.graph, state), *args),
+            compiler_options=_hasty(),
+        )
+        return functools.partial(compiled, self.state)
+
+    def run(self, function, *args):
+        """`function(model, *args)`, once."""
+        return self.jit(function)(*args)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TinyModel:
+    return TinyModel()
+
+
+def make_clip(config: VisionConfig, grids, pairs: int, pad: int = 0, seed: int = 0) -> Clip:
+    """Random clips, one a grid (height and width in patches), `pad` patches of padding a pair."""
+    rng, m = np.random.default_rng(seed), config.spatial_merge_size
+    size = max(h * w for h, w in grids) + pad
+    patches = rng.integers(0, 256, (len(grids), pairs, size, config.patch_dim)).astype(np.uint8)
+    positions = np.zeros((len(grids), size, 2), np.int32)
+    for row, (h, w) in enumerate(grids):
+        blocks = np.indices((h, w)).reshape(2, h // m, m, w // m, m).transpose(1, 3, 2, 4, 0)
+        positions[row, : h * w] = blocks.reshape(-1, 2)
+    return Clip(patches, positions, np.array(grids, np.int32))
+
+
+@pytest.fixture(scope="session")
+def clip_of(tiny):
+    """Makes clips for the tiny model."""
+    return functools.partial(make_clip, tiny.config.vision)
+
+
+@pytest.fixture(scope="session")
+def form_of(tokenizer):
+    """Makes formats: "free" as in training, "forced" as in evaluation, or "loose".
+
+    With a random model a free completion is never well-formed and a forced one always is. "loose"
+    keeps to the format but for one wrong token that may be drawn wherever one token is right, so
+    that about half are well-formed; all text is made of three words, so that memories end early.
+    """
+
+    def make(kind: str, slots: int) -> Format:
+        ids, words = tokenizer.ids, tokenizer.encode("xyz")
+        built = fmt.build(tokenizer, VOCAB, slots, forced=kind == "forced")
+        if kind == "loose":
+            allowed = np.array(fmt.build(tokenizer, VOCAB, slots, forced=True).allowed)
+            for state in (fmt.State.START, fmt.State.REMEMBERED, fmt.State.ANSWERED):
+                allowed[state, words[0]] = True
+            allowed[fmt.State.MEMORY] = False
+            allowed[fmt.State.MEMORY, [*words, ids.memory_close]] = True
+            allowed[fmt.State.BROKEN] = False
+            allowed[fmt.State.BROKEN, [*words, ids.im_end]] = True
+            built = built._replace(allowed=jax.numpy.array(allowed))
+        return Format(built, ids, turn_end(tokenizer))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch_of(tokenizer, clip_of):
+    """Makes a random batch of b examples of t segments, of two frame pairs each."""
+
+    def make(b: int, t: int, slots: int, size: int = 96) -> Batch:
+        grid, rows = (2, 4), [[], []]
+        for i in range(b):
+            question = "which picture was on the red card?"[: 20 + 9 * i]
+            options = ["cat", "boat", "red", "blue"][: 2 + i % 3]
+            for s in range(t):
+                times = np.arange(4) + 4.0 * s
+                rows[0].append(write_prefix(tokenizer, question, options, times, grid, size))
+                clip = clip_of([grid], 2, seed=i * t + s)
+                rows[1].append(jax.tree.map(lambda a: a[0], clip))
+        prefix, clip = (
+            jax.tree.map(lambda *a: np.stack(a).reshape(b, t, *np.shape(a[0])), *part)
+            for part in rows
+        )
+        return Batch(
+            prefix=Prefix(*prefix),
+            clip=Clip(*clip),
+            chain=Chain(
+                memory=np.zeros((b, t, slots), np.int32),
+                length=np.full((b, t), -1, np.int32),
+                answer=np.full((b, t), -1, np.int32),
+            ),
+            gold=(np.arange(b) % 2).astype(np.int32),
+            options=(2 + np.arange(b) % 3).astype(np.int32),
+            record=np.arange(b, dtype=np.int32),
+            real=np.ones(b, bool),
+        )
+
+    return make
+
+
+def slow_parse(tokens, ids, text, slots):
+    """What a completion says, without a state machine: (memory, answer), or None if malformed.
+
+    `text` marks the ids of ordinary text.
+    """
+    tokens = [int(token) for token in tokens]
+    if ids.im_end not in tokens:
+        return None
+    tokens = tokens[: tokens.index(ids.im_end)]
+    if len(tokens) < 5 or tokens[0] != ids.memory_open:
+        return None
+    *memory, close, opened, letter, closed = tokens[1:]
+    if (close, opened, closed) != (ids.memory_close, ids.answer_open, ids.answer_close):
+        return None
+    if letter not in ids.letters or len(memory) > slots or not all(text[i] for i in memory):
+        return None
+    return memory, ids.letters.index(letter)
+
+
+@pytest.fixture(scope="session")
+def parse_slowly(tokenizer):
+    """The reference of the parser for the tiny tokenizer: `(tokens, slots) -> (memory, answer)`."""
+    text = tokenizer.text_mask(VOCAB)
+    return lambda tokens, slots: slow_parse(tokens, tokenizer.ids, text, slots)

@@ -1,0 +1,220 @@
+"""Sampling against scoring, and what is sampled against the format."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from videomem_jax import grammar as fmt
+from videomem_jax import memory, rollout
+from videomem_jax.grammar import State
+
+SLOTS, COUNT, VOCAB = 8, 100, 320
+TEMPERATURE = 4.0  # high enough that all that may be drawn is drawn
+SIZE = SLOTS + fmt.OVERHEAD
+KINDS = ("free", "forced", "loose")
+
+
+@pytest.fixture(scope="module")
+def opening(batch_of, tokenizer):
+    """The first prompts of two examples, with memories of 0 and 3 tokens: (batch, memory)."""
+    batch = batch_of(2, 1, SLOTS)
+    tokens = np.full((2, 1, SLOTS), tokenizer.ids.pad, np.int32)
+    tokens[1, 0, :3] = tokenizer.encode("xyz")
+    return batch, memory.Memory(tokens, np.array([[0], [3]], np.int32))
+
+
+def read(model, form, batch, before):
+    """The opening's prompts, run."""
+    features = memory.see(model, jax.tree.map(lambda a: a[:, 0], batch.clip))
+    prefix = jax.tree.map(lambda a: a[:, 0], batch.prefix)
+    return memory.context(model, form, prefix, features, before)
+
+
+@pytest.fixture(scope="module")
+def draw(tiny, form_of, opening):
+    """Draws completions with a table of what may be sampled, and scores them again.
+
+    The table and the key are arguments, so that two compiles serve all tests.
+    """
+
+    def make(forced):
+        form = form_of("forced" if forced else "free", SLOTS)
+
+        def run(model, batch, before, allowed, key):
+            grammar = form.grammar._replace(allowed=allowed)
+            context = read(model, form, batch, before)
+            out = rollout.sample(
+                *(model, grammar, context, batch.options, key), count=COUNT, temperature=TEMPERATURE
+            )
+            again = rollout.score(
+                *(model, grammar, context, batch.options, out.tokens, out.mask),
+                temperature=TEMPERATURE,
+            )
+            return out, again
+
+        return tiny.jit(run)
+
+    made = {forced: make(forced) for forced in (False, True)}
+
+    def draws(allowed, seed=0, forced=False):
+        return jax.tree.map(np.asarray, made[forced](*opening, allowed, jax.random.key(seed)))
+
+    return draws
+
+
+@pytest.fixture(scope="module")
+def drawn(draw, form_of):
+    """Completions of a kind of format, and their log-probabilities and entropies scored again."""
+    table = lambda kind: form_of(kind, SLOTS).grammar.allowed  # noqa: E731
+    return functools.cache(lambda kind: draw(table(kind), forced=kind == "forced"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_sampling(drawn, kind):
+    out, (logprobs, entropies) = drawn(kind)
+    mask = out.mask
+    np.testing.assert_allclose(logprobs[mask], out.logprobs[mask], atol=1e-4)
+    np.testing.assert_allclose(entropies[mask], out.entropy[mask], atol=1e-4)
+    assert (logprobs[~mask] == 0).all() and (entropies[~mask] == 0).all()
+    assert (out.logprobs[mask] <= 0).all() and (out.entropy[mask] >= 0).all()
+    # Where one token is forced there is nothing to choose.
+    if kind == "forced":
+        assert (out.logprobs[:, :, 0] == 0).all() and (out.entropy[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_end_with_the_completions(drawn, tokenizer, kind):
+    """Up to and including the end, however long the others are."""
+    out, _ = drawn(kind)
+    lengths = out.mask.sum(-1)
+    np.testing.assert_array_equal(out.mask, np.arange(SIZE) < lengths[..., None])
+    for row, length, state in zip(
+        out.tokens.reshape(-1, SIZE), lengths.ravel(), out.state.ravel(), strict=True
+    ):
+        ends = np.flatnonzero(row[:length] == tokenizer.ids.im_end).tolist()
+        assert ends == ([length - 1] if state in (State.DONE, State.FAILED) else [])
+        assert ends or length == SIZE
+    if kind == "loose":
+        assert len(set(lengths.ravel())) > 8
+
+
+def test_the_loop_stops_with_the_last_completion(draw, form_of, tokenizer):
+    """Of memories of no word or one: what is behind was never written."""
+    allowed, ids = np.array(form_of("forced", SLOTS).grammar.allowed), tokenizer.ids
+    only = np.arange(VOCAB) == ids.memory_close
+    got = []
+    for first in (ids.memory_close, *tokenizer.encode("x")):
+        allowed[State.MEMORY] = only | (np.arange(VOCAB) == first)
+        out, (logprobs, _) = draw(jnp.array(allowed), forced=True)
+        last = out.mask.sum(-1).max()
+        assert (out.state == State.DONE).all()
+        assert not out.tokens[..., last:].any() and not out.logprobs[..., last:].any()
+        np.testing.assert_allclose(logprobs, np.where(out.mask, out.logprobs, 0), atol=1e-4)
+        got.append(last)
+    assert got[0] == fmt.OVERHEAD < got[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_what_the_completions_say(drawn, parse_slowly, opening, kind):
+    out, _ = drawn(kind)
+    tokens = np.where(out.mask, out.tokens, 0)
+    said = [[parse_slowly(row, SLOTS) for row in rows] for rows in tokens]
+    good = np.array([[s is not None for s in rows] for rows in said])
+    np.testing.assert_array_equal(out.state == State.DONE, good)
+    assert good.all() == (kind == "forced") and good.any() == (kind != "free")
+    if kind == "forced":
+        for options, rows in zip(opening[0].options, said, strict=True):
+            assert {answer for _, answer in rows} == set(range(options))
+
+
+def test_completions_are_drawn_by_themselves(draw, form_of):
+    out, _ = draw(form_of("free", SLOTS).grammar.allowed)
+    rows = out.tokens.reshape(2 * COUNT, -1)
+    assert len(set(map(tuple, rows.tolist()))) == 2 * COUNT
+
+
+def test_all_text_and_only_text_comes_in_memories(draw, form_of, tokenizer):
+    first = np.arange(VOCAB) == tokenizer.ids.memory_open
+    allowed = form_of("free", SLOTS).grammar.allowed.at[State.START].set(first)
+    out, _ = draw(allowed)
+    text, close = tokenizer.text_mask(VOCAB), tokenizer.ids.memory_close
+    lengths, seen = set(), set()
+    for row in out.tokens.reshape(-1, SIZE).tolist():
+        inside = row[1 : row.index(close)]
+        assert text[inside].all()
+        lengths.add(len(inside))
+        seen |= set(inside)
+    assert max(lengths) == SLOTS and len(seen) > 0.9 * text.sum()
+
+
+def test_tokens_come_as_often_as_they_are_likely(draw, form_of):
+    """The first token, of four that may be drawn."""
+    allowed = form_of("loose", SLOTS).grammar.allowed
+    allowed = allowed.at[State.START].set(allowed[State.MEMORY])
+    parts = [draw(allowed, seed=seed)[0] for seed in range(4)]
+    tokens, logprobs, entropies = (
+        np.concatenate([getattr(part, name)[..., 0] for part in parts], 1)
+        for name in ("tokens", "logprobs", "entropy")
+    )
+    for row in range(2):
+        p = {token: np.exp(logprobs[row][tokens[row] == token][0]) for token in set(tokens[row])}
+        assert len(p) == 4 and abs(sum(p.values()) - 1) < 1e-5
+        for token, likely in p.items():
+            bar = 4.5 * np.sqrt(likely * (1 - likely) / tokens.shape[1])
+            assert abs((tokens[row] == token).mean() - likely) <= bar
+        entropy = -sum(q * np.log(q) for q in p.values())
+        np.testing.assert_allclose(entropies[row], entropy, rtol=1e-4)
+
+
+def test_greedy(tiny, form_of, opening):
+    """The most likely token each time, whatever the key."""
+    form = form_of("forced", SLOTS)
+
+    def run(model, batch, before, key):
+        context = read(model, form, batch, before)
+        out = rollout.sample(
+            *(model, form.grammar, context, batch.options, key),
+            count=2,
+            temperature=TEMPERATURE,
+            greedy=True,
+        )
+        # The whole distributions that the tokens were taken from, in one pass.
+        n, r, c = out.tokens.shape
+        first = jnp.broadcast_to(context.last[:, None, None], (n, r, 1))
+        inputs = jnp.concatenate([first, out.tokens[..., :-1]], -1)
+        position = jnp.broadcast_to(context.position[:, None, None] + jnp.arange(c), (3, n, r, c))
+        hidden = model.complete(inputs, position, out.mask, context.kv, context.mask)
+        options = jnp.broadcast_to(batch.options[:, None, None], (n, r, c))
+        allowed = fmt.permitted(form.grammar, fmt.states(form.grammar, out.tokens), options)
+        return out, rollout.log_softmax(model.logits(hidden), allowed, TEMPERATURE)
+
+    run = tiny.jit(run)
+    (out, logp), (other, _) = (
+        jax.tree.map(np.asarray, run(*opening, jax.random.key(seed))) for seed in range(2)
+    )
+    for part, again in zip(out, other, strict=True):
+        np.testing.assert_array_equal(part, again)
+        np.testing.assert_array_equal(part[:, 0], part[:, 1])
+    np.testing.assert_array_equal(out.tokens[out.mask], logp.argmax(-1)[out.mask])
+    np.testing.assert_allclose(out.logprobs[out.mask], logp.max(-1)[out.mask], atol=1e-4)
+
+
+def test_masked_softmax_by_hand():
+    logits = jnp.log(jnp.array([1.0, 2.0, 5.0, 3.0]))
+    allowed = jnp.array([True, True, False, True])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def both(x, temperature):
+        logp = rollout.log_softmax(x, allowed, temperature)
+        return jnp.exp(logp), rollout.entropy(logp)
+
+    p, entropy = both(logits, 1.0)
+    np.testing.assert_allclose(p, [1 / 6, 2 / 6, 0, 3 / 6], rtol=1e-5)
+    np.testing.assert_allclose(both(logits, 0.5)[0], [1 / 14, 4 / 14, 0, 9 / 14], rtol=1e-5)
+    p = np.array([1, 2, 3]) / 6
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(), rtol=1e-5)
+    slope = jax.jit(jax.grad(lambda x: both(x, 1.0)[1]))(logits)
+    assert np.isfinite(slope).all() and slope[2] == 0

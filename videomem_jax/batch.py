@@ -1,0 +1,71 @@
+"""The contract between data and model: one pytree of fixed shapes.
+
+Axes: b example, t segment, p prefix position, f frame pair, q patch of a pair, e patch values,
+m memory slot.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Int, Int32, UInt8
+
+
+class Prefix(NamedTuple):
+    """The part of a segment's prompt that the host knows: question, options, clip.
+
+    tokens: ids, padded at the end.
+    positions: time, height and width positions of the multimodal rotary embedding.
+    mask: which tokens exist.
+    slot: the vision feature that stands in a token's place; -1 for text.
+    next_position: the first position after the prefix.
+    """
+
+    tokens: Int[Array, "*b p"]
+    positions: Int[Array, "*b 3 p"]
+    mask: Bool[Array, "*b p"]
+    slot: Int[Array, "*b p"]
+    next_position: Int[Array, "*b"]
+
+
+class Clip(NamedTuple):
+    """The pixels of a segment.
+
+    patches: raw values, q patches a frame pair (padded to the pixel budget), in Qwen's order.
+    patch_positions: row and column of each patch.
+    grid: height and width of a pair in patches.
+    """
+
+    patches: UInt8[Array, "*b f q e"]
+    patch_positions: Int[Array, "*b q 2"]
+    grid: Int[Array, "*b 2"]
+
+
+class Chain(NamedTuple):
+    """Supervised memories and provisional answers (cold start).
+
+    memory: ids of the memory after each segment, padded at the end.
+    length: tokens in it; -1 where there is none to learn.
+    answer: index of the provisional answer's letter; -1 where there is none to learn.
+    """
+
+    memory: Int[Array, "*b m"]
+    length: Int[Array, "*b"]
+    answer: Int[Array, "*b"]
+
+
+class Batch(NamedTuple):
+    """b examples of t segments.
+
+    gold: index of the right option; options: how many there are.
+    record: the record's row in its data set.
+    real: False for rows that only fill the batch up.
+    """
+
+    prefix: Prefix
+    clip: Clip
+    chain: Chain
+    gold: Int32[Array, " b"]
+    options: Int32[Array, " b"]
+    record: Int32[Array, " b"]
+    real: Bool[Array, " b"]

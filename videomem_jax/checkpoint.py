@@ -1,0 +1,99 @@
+"""Checkpoints of everything a phase needs to go on exactly: state, data position. All orbax is here.
+
+A checkpoint is written to one side and renamed when whole, so a kill at any moment leaves the last
+one usable; one that is damaged all the same is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message is one sentence."""
+
+
+class Checkpoints:
+    """The checkpoints of one phase of a run, in `folder`."""
+
+    def __init__(self, folder: pathlib.Path, keep: int):
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, step: int, state: Any, data: dict) -> None:
+        """Saves in the background; `data` is the data iterator's state.
+
+        Raises:
+          CheckpointError: if an earlier save failed, for instance on a full disk.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        with self._said():
+            self._manager.save(step, args=args)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk; CheckpointError if it could not be."""
+        with self._said():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, like: Any) -> tuple[int, Any, dict] | None:
+        """The newest usable checkpoint: step, state, data position; None if there is none.
+
+        Args:
+          like: a state whose shapes, dtypes and shardings the result takes.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+            )
+            try:
+                found = self._manager.restore(step, args=args)
+                return step, found["state"], found["data"]
+            except Exception as error:  # whatever orbax meets in a damaged file
+                cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                _log.warning("checkpoint %s cannot be read (%s)", self._folder / str(step), cause)
+                self._manager.delete(step)
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints in {self._folder} can be read: if that run is lost, "
+                f"delete the folder and start again"
+            )
+        return None
+
+    def _said(self):
+        return _Said(self._folder)
+
+
+class _Said:
+    """Turns an error of the disk into one sentence."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError) or "No space left" in str(error) or "ENOSPC" in str(error):
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            what = "the disk is full" if full else str(error)
+            raise CheckpointError(
+                f"no checkpoint could be written to {self._folder}: {what}; free some space and "
+                f"start the same command again, it goes on from the last checkpoint"
+            ) from error
+        return False

@@ -1,0 +1,179 @@
+"""The prompt of a segment.
+
+    <|im_start|>user
+    {question}
+    A. {option}
+    B. {option}
+    <1.0 seconds><|vision_start|><|video_pad|>...<|vision_end|><3.0 seconds>...   a frame pair each
+    <memory>{memory}</memory><|im_end|>
+    <|im_start|>assistant
+
+The host writes all that stands before the memory (`write_prefix`); the memory, which is born on
+the device, and the end of the turn follow there (`assemble`). Nothing before the memory depends
+on it, so those positions are known to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from einops import repeat
+from jaxtyping import Array, Bool, Float, Int
+
+from videomem_jax.batch import Prefix
+from videomem_jax.models.config import ConfigError
+from videomem_jax.tokenizer import LETTERS, Tokenizer
+
+
+class PromptError(ValueError):
+    """A prompt that does not fit; the message says by how much and which key to raise."""
+
+
+def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids after the memory: the user's turn ends, the assistant's begins."""
+    ids = tokenizer.ids
+    newline, assistant = tokenizer.encode("\n"), tokenizer.encode("assistant\n")
+    return (ids.im_end, *newline, ids.im_start, *assistant)
+
+
+def write_prefix(
+    tokenizer: Tokenizer,
+    question: str,
+    options: Sequence[str],
+    times: Float[np.ndarray, " f"],
+    grid: tuple[int, int],
+    size: int,
+    merge: int = 2,
+    room: int | None = None,
+) -> Prefix:
+    """Tokens and positions of question, options and clip.
+
+    Args:
+      tokenizer: of the model.
+      question, options: the record's; options are lettered here.
+      times: of the clip's frames in seconds; an even number of them.
+      grid: height and width of a frame in patches.
+      size: the static length p.
+      merge: side of the merged block of patches.
+      room: merged blocks that a pair has among the clip's features, those of padded patches
+        counted; by default there are none of these.
+
+    Returns:
+      A Prefix of numpy arrays of one segment.
+
+    Raises:
+      PromptError: if it needs more than `size` tokens, or there are more options than letters.
+    """
+    ids = tokenizer.ids
+    if len(options) > len(LETTERS):
+        raise PromptError(
+            f"the question has {len(options)} options, but there are {len(LETTERS)} letters "
+            f"({LETTERS[0]} to {LETTERS[-1]}) to answer with"
+        )
+    lettered = "".join(
+        f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False)
+    )
+    head = [ids.im_start, *tokenizer.encode(f"user\n{question}\n{lettered}")]
+    rows, cols = grid[0] // merge, grid[1] // merge
+    tokens = list(head)
+    columns = [np.arange(len(head))[None].repeat(3, 0)]
+    slots = [np.full(len(head), -1)]
+    position, per_pair = len(head), rows * cols
+    room = per_pair if room is None else room
+    corner = np.stack([np.zeros(per_pair, int), *np.divmod(np.arange(per_pair), cols)])
+    for pair, (first, second) in enumerate(np.asarray(times).reshape(-1, 2)):
+        stamp = tokenizer.encode(f"<{(first + second) / 2:.1f} seconds>")
+        before, after = [*stamp, ids.vision_start], [ids.vision_end]
+        tokens += before + [ids.video_pad] * per_pair + after
+        columns.append(position + np.arange(len(before))[None].repeat(3, 0))
+        position += len(before)
+        columns.append(position + corner)
+        position += max(rows, cols)
+        columns.append(np.full((3, 1), position))
+        position += 1
+        slots += [np.full(len(before), -1), pair * room + np.arange(per_pair), np.array([-1])]
+    if len(tokens) > size:
+        raise PromptError(
+            f"question, options and clip take {len(tokens)} tokens, but "
+            f"config.prompt.prefix_tokens={size}: raise it, or use fewer frames or pixels"
+        )
+    pad = size - len(tokens)
+    return Prefix(
+        tokens=np.pad(np.array(tokens, np.int32), (0, pad), constant_values=ids.pad),
+        positions=np.pad(np.concatenate(columns, 1).astype(np.int32), ((0, 0), (0, pad))),
+        mask=np.arange(size) < len(tokens),
+        slot=np.pad(np.concatenate(slots).astype(np.int32), (0, pad), constant_values=-1),
+        next_position=np.int32(position),
+    )
+
+
+class Prompt(NamedTuple):
+    """Whole prompts of n rows, s = p + m + the tokens around the memory."""
+
+    tokens: Int[Array, "n s"]
+    positions: Int[Array, "n 3 s"]
+    mask: Bool[Array, "n s"]
+    slot: Int[Array, "n s"]
+    next_position: Int[Array, " n"]
+
+
+def assemble(
+    prefix: Prefix,
+    memory: Int[Array, "n m"],
+    length: Int[Array, " n"],
+    before: int,
+    after: Sequence[int],
+) -> Prompt:
+    """Appends the memory and the end of the turn to n prefixes.
+
+    The memory stays padded to its m slots; the tokens after it take the positions that they would
+    have without the padding, which the mask hides.
+
+    Args:
+      prefix: of n rows.
+      memory: ids; slots from `length` on are padding.
+      length: tokens in each memory.
+      before: the id of `<memory>`.
+      after: the ids from `</memory>` on.
+    """
+    n, slots = memory.shape
+    size = 1 + slots + len(after)
+    place = jnp.arange(size)
+    tokens = jnp.concatenate(
+        [
+            jnp.full((n, 1), before, jnp.int32),
+            memory.astype(jnp.int32),
+            repeat(jnp.array(after, jnp.int32), "s -> n s", n=n),
+        ],
+        axis=1,
+    )
+    in_padding = (place > length[:, None]) & (place <= slots)
+    skipped = jnp.where(place > slots, slots - length[:, None], 0)
+    position = prefix.next_position[:, None] + place - skipped
+    return Prompt(
+        tokens=jnp.concatenate([prefix.tokens, tokens], axis=1),
+        positions=jnp.concatenate(
+            [prefix.positions, repeat(position, "n s -> n three s", three=3)], axis=2
+        ),
+        mask=jnp.concatenate([prefix.mask, ~in_padding], axis=1),
+        slot=jnp.concatenate([prefix.slot, jnp.full((n, size), -1, jnp.int32)], axis=1),
+        next_position=position[:, -1] + 1,
+    )
+
+
+def memory_ids(tokenizer: Tokenizer, text: str, slots: int) -> Int[np.ndarray, " m"]:
+    """Ids of a supervised memory.
+
+    Raises:
+      ConfigError: if it is longer than the room for a memory.
+    """
+    ids = tokenizer.encode_memory(text)
+    if len(ids) > slots:
+        raise ConfigError(
+            f"the memory {text[:40]!r} has {len(ids)} tokens, more than "
+            f"config.memory.slots={slots}: raise it, or write shorter chains"
+        )
+    return np.array(ids, np.int32)

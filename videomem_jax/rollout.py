@@ -1,0 +1,171 @@
+"""Sampling r completions of each of n prompts, inside jit.
+
+The prompt is run once a row; its keys and values are shared by the row's completions, which have a
+cache of their own. All completions grow together, so the cache needs one index, and a
+`lax.while_loop` stops when the last of them has ended.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from videomem_jax import grammar as fmt
+from videomem_jax.models.decoder import KV
+from videomem_jax.models.layers import MASKED
+from videomem_jax.models.qwen3_vl import Qwen3VL
+from videomem_jax.models.vision import VisionFeatures
+from videomem_jax.prompt import Prompt
+
+
+class Completions(NamedTuple):
+    """r completions of n prompts, c tokens at most.
+
+    tokens: ids; after a completion's end they mean nothing.
+    mask: True up to and including the end.
+    logprobs: of each token under the distribution that it was drawn from.
+    entropy: of that distribution.
+    state: in which each completion was left.
+    """
+
+    tokens: Int[Array, "n r c"]
+    mask: Bool[Array, "n r c"]
+    logprobs: Float[Array, "n r c"]
+    entropy: Float[Array, "n r c"]
+    state: Int[Array, "n r"]
+
+
+class Context(NamedTuple):
+    """A prompt that has been run: all of it but its last token, which opens the completions."""
+
+    kv: KV
+    mask: Bool[Array, "n p"]
+    last: Int[Array, " n"]
+    position: Int[Array, " n"]
+
+
+def read(model: Qwen3VL, prompt: Prompt, features: VisionFeatures) -> Context:
+    """Runs n prompts once.
+
+    The last token is kept for the completions to start with: all their log-probabilities then come
+    from one pass over them, and the prompt's pass has to give keys and values only.
+    """
+    _, kv = model.prefill(
+        prompt.tokens[:, :-1],
+        jnp.moveaxis(prompt.positions[:, :, :-1], 1, 0),
+        prompt.mask[:, :-1],
+        features,
+        prompt.slot[:, :-1],
+    )
+    return Context(kv, prompt.mask[:, :-1], prompt.tokens[:, -1], prompt.next_position - 1)
+
+
+def log_softmax(
+    logits: Float[Array, "*b vocab"], permitted: Bool[Array, "*b vocab"], temperature: float
+) -> Float[Array, "*b vocab"]:
+    """The distribution that is sampled from, and that the update differentiates."""
+    return jax.nn.log_softmax(jnp.where(permitted, logits / temperature, MASKED), axis=-1)
+
+
+def entropy(logprobs: Float[Array, "*b vocab"]) -> Float[Array, "*b"]:
+    """Entropy in nats of distributions given by their log-probabilities."""
+    return -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, -1e4), axis=-1)
+
+
+def sample(
+    model: Qwen3VL,
+    grammar: fmt.Grammar,
+    context: Context,
+    options: Int[Array, " n"],
+    key: jax.Array,
+    *,
+    count: int,
+    temperature: float,
+    greedy: bool = False,
+) -> Completions:
+    """Draws `count` completions of each prompt.
+
+    Args:
+      model: the policy.
+      grammar: the format; its `slots` bound the length.
+      context: the prompts.
+      options: how many options each prompt's question has.
+      key: of the draw; one key is folded with each token's index.
+      count: completions a prompt (r).
+      temperature: of the distribution.
+      greedy: take the most likely token in place of a draw.
+    """
+    n, size = context.last.shape[0], grammar.slots + fmt.OVERHEAD
+    options = jnp.broadcast_to(options[:, None], (n, count))
+    shape = (n, count)
+
+    def more(carry):
+        index, state = carry[0], carry[2]
+        return (index < size) & ~fmt.ended(state).all()
+
+    def one(carry):
+        index, token, state, length, cache, out = carry
+        position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
+        hidden, cache = model.step(token, position, cache, index, context.kv, context.mask)
+        logp = log_softmax(
+            model.logits(hidden), fmt.permitted(grammar, state, options), temperature
+        )
+        if greedy:
+            new = jnp.argmax(logp, axis=-1)
+        else:
+            new = jax.random.categorical(jax.random.fold_in(key, index), logp)
+        new = new.astype(jnp.int32)
+        values = (
+            new,
+            ~fmt.ended(state),
+            jnp.take_along_axis(logp, new[..., None], -1)[..., 0],
+            entropy(logp),
+        )
+        out = tuple(
+            jax.lax.dynamic_update_index_in_dim(a, value.astype(a.dtype), index, 2)
+            for a, value in zip(out, values, strict=True)
+        )
+        state, length = fmt.advance(grammar, state, length, new)
+        return index + 1, new, state, length, cache, out
+
+    zero = jnp.zeros(shape, jnp.int32)
+    out = (
+        jnp.zeros((*shape, size), jnp.int32),
+        jnp.zeros((*shape, size), bool),
+        jnp.zeros((*shape, size), jnp.float32),
+        jnp.zeros((*shape, size), jnp.float32),
+    )
+    first = jnp.broadcast_to(context.last[:, None], shape).astype(jnp.int32)
+    start = (jnp.int32(0), first, zero + fmt.State.START, zero, model.empty_cache(n, count, size))
+    _, _, state, _, _, out = jax.lax.while_loop(more, one, (*start, out))
+    return Completions(*out, state)
+
+
+def score(
+    model: Qwen3VL,
+    grammar: fmt.Grammar,
+    context: Context,
+    options: Int[Array, " n"],
+    tokens: Int[Array, "n r c"],
+    mask: Bool[Array, "n r c"],
+    *,
+    temperature: float,
+) -> tuple[Float[Array, "n r c"], Float[Array, "n r c"]]:
+    """Log-probabilities and entropies of given completions, in one pass, differentiable.
+
+    Equal to those that `sample` returned when the tokens were drawn from the same parameters.
+    """
+    n, r, c = tokens.shape
+    first = jnp.broadcast_to(context.last[:, None, None], (n, r, 1))
+    inputs = jnp.concatenate([first, tokens[:, :, :-1]], axis=2)
+    position = jnp.broadcast_to(context.position[:, None, None] + jnp.arange(c), (3, n, r, c))
+    hidden = model.complete(inputs, position, mask, context.kv, context.mask)
+    allowed = fmt.permitted(
+        grammar, fmt.states(grammar, tokens), jnp.broadcast_to(options[:, None, None], tokens.shape)
+    )
+    logp = log_softmax(model.logits(hidden), allowed, temperature)
+    chosen = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    return jnp.where(mask, chosen, 0.0), jnp.where(mask, entropy(logp), 0.0)

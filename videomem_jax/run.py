@@ -1,0 +1,233 @@
+"""What train.py and eval.py share: checks before anything expensive, and the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from videomem_jax import grammar, report, settings
+from videomem_jax.checkpoint import CheckpointError
+from videomem_jax.data import needle, needle_chains, records
+from videomem_jax.data.video import VideoError
+from videomem_jax.memory import Format
+from videomem_jax.models import convert
+from videomem_jax.models.config import ConfigError
+from videomem_jax.models.qwen3_vl import Qwen3VL
+from videomem_jax.prompt import PromptError, turn_end
+from videomem_jax.tokenizer import Tokenizer
+
+BASE = pathlib.Path(__file__).parent / "assets" / "tiny_base"
+
+# Errors whose message is a sentence for the user; anything else is a bug and keeps its trace.
+SAID = (
+    ConfigError,
+    records.RecordError,
+    VideoError,
+    PromptError,
+    CheckpointError,
+    needle.NeedleError,
+    report.ReportError,
+    convert.WeightsError,
+)
+
+
+def entry(main: Callable[[], None]) -> None:
+    """Runs an entry's work; a user's mistake ends it with one sentence and exit code 2."""
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        main()
+    except SAID as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_hardware(s: settings.Settings) -> None:
+    """ConfigError if the config is made for other hardware than this machine has."""
+    have, count = jax.default_backend(), jax.device_count()
+    if s.hardware != "any" and have != s.hardware:
+        raise ConfigError(
+            f"this config needs {s.devices} {s.hardware.upper()} devices, but JAX finds "
+            f"{count} {have.upper()} device{'s' * (count > 1)}: install requirements-{s.hardware}"
+            f".txt on a {s.hardware.upper()} machine, or run --config=configs/demo.py here"
+        )
+    if count < s.devices:
+        raise ConfigError(
+            f"this config needs at least {s.devices} devices, but JAX finds {count}: use a larger "
+            f"machine, or set --config.devices={count} with a mesh and batch that fit"
+        )
+
+
+def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> pathlib.Path:
+    """The run's folder, marked with its config.
+
+    Args:
+      workdir: path; made if `fresh`.
+      config: of the run. A folder holds one config's run. `eval.*` may differ between starts.
+      fresh: whether a new run may begin there.
+
+    Raises:
+      ConfigError: the folder is another config's, or (not `fresh`) holds no run.
+    """
+    path = pathlib.Path(workdir)
+    file = path / "config.json"
+    new = json.loads(config.to_json())
+    if file.exists():
+        old = json.loads(file.read_text())
+        key = _difference({k: v for k, v in old.items() if k != "eval"}, new)
+        if key:
+            raise ConfigError(
+                f"{path} holds a run with config.{key[0]}={key[1]!r}, not {key[2]!r}: choose "
+                f"another --workdir, or delete that one"
+            )
+        return path
+    if not fresh:
+        raise ConfigError(f"{path} holds no run: run train.py with this --workdir first")
+    path.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(new, indent=1))
+    part.replace(file)
+    return path
+
+
+def _difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
+    for key, value in old.items():
+        if isinstance(value, dict) and isinstance(new.get(key), dict):
+            found = _difference(value, new[key], f"{prefix}{key}.")
+            if found:
+                return found
+        elif new.get(key) != value:
+            return f"{prefix}{key}", value, new.get(key)
+    return None
+
+
+def make_data(s: settings.Settings) -> None:
+    """Generates the embedded task's data where the config asks for it; done at once if there."""
+    if s.data.task != "needle":
+        return
+    d, t = s.data, s.prompt.segments
+    splits = {
+        "train": needle.SplitSpec(d.train_videos, 6, t, "train", seed=1),
+        "test": needle.SplitSpec(d.test_videos, 4, t, "test", seed=3),
+    }
+    if d.test_long:
+        splits["test_long"] = needle.SplitSpec(
+            d.long_videos, 4, s.eval.long_segments, "test", seed=4
+        )
+    needle.build(d.folder, splits)
+    needle_chains.write_chains(
+        s.data.folder,
+        budget_cards=s.data.chain_cards,
+        keep=s.data.chain_keep,
+        chains_per_record=s.data.chains,
+    )
+
+
+def read_records(s: settings.Settings, name: str) -> list[records.Record]:
+    """The good records of one of the config's files."""
+    found, skipped = records.read_records(
+        pathlib.Path(s.data.folder) / name, allow_outside=s.data.allow_outside
+    )
+    if skipped:
+        print(f"{name}: {len(found)} records; {skipped.summary()}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer and the memory format."""
+
+    model: Qwen3VL
+    tokenizer: Tokenizer
+    form: Format
+
+
+def load(s: settings.Settings, folder: str | pathlib.Path | None = None, **placing) -> Loaded:
+    """Reads a Hugging Face folder, by default the one that the config names.
+
+    Args:
+      s: the run's settings.
+      folder: of the weights.
+      **placing: `shardings` for `convert.load_pretrained`.
+    """
+    folder = folder or s.model.weights or BASE
+    tokenizer = Tokenizer.load(folder)
+    model = convert.load_pretrained(
+        folder, dtype=jnp.dtype(s.model.dtype), remat=s.model.remat, **placing
+    )
+    return Loaded(model, tokenizer, make_format(tokenizer, model, s.memory.slots))
+
+
+def make_format(tokenizer: Tokenizer, model: Qwen3VL, slots: int, forced: bool = False) -> Format:
+    """The memory format for a model's vocabulary."""
+    vocab = model.config.text.vocab_size
+    if len(tokenizer) > vocab:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows"
+        )
+    machine = grammar.build(tokenizer, vocab, slots, forced)
+    return Format(machine, tokenizer.ids, turn_end(tokenizer))
+
+
+class Stopwatch:
+    """Seconds spent under names, across restarts: kept in `timings.json` of the run's folder."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._file = workdir / "timings.json"
+        self.seconds: dict[str, float] = (
+            json.loads(self._file.read_text()) if self._file.exists() else {}
+        )
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the block's time to a name."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds to a name and saves."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps(self.seconds))
+        part.replace(self._file)
+
+    def most(self, name: str, value: float) -> None:
+        """Keeps the largest value seen under a name."""
+        self.seconds[name] = max(self.seconds.get(name, 0.0), value)
+        self.add(name, 0.0)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "av", "numpy")
+    return {"python": sys.version.split()[0]} | {n: importlib.metadata.version(n) for n in names}
+
+
+def given_config(config: config_dict.ConfigDict | None) -> config_dict.ConfigDict:
+    """The config of the command line; ConfigError if there is none."""
+    if config is None:
+        raise ConfigError("--config is missing: give a file, such as --config=configs/demo.py")
+    return config
+
+
+def given_workdir(workdir: str | None) -> str:
+    """The folder of the command line; ConfigError if there is none."""
+    if not workdir:
+        raise ConfigError("--workdir is missing: give the run's folder, such as --workdir=runs/demo")
+    return workdir

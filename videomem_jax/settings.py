@@ -1,0 +1,267 @@
+"""Every key of a configuration: name, meaning, default. `configs/*.py` start from `default()`.
+
+A configuration is an `ml_collections.ConfigDict` while it is put together and overridden on the
+command line, and one frozen `Settings` from there on (`freeze`), checked once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from ml_collections import config_dict
+
+from videomem_jax.models.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model and what of it is trained."""
+
+    weights: str = ""  # folder in Hugging Face's layout; "" is the tiny base model shipped here
+    dtype: str = "float32"  # of the activations: float32 or bfloat16
+    remat: bool = False  # recompute each decoder layer in the backward pass
+    train_vision: bool = False  # train the vision tower too, in the cold start
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where records come from and how they are read."""
+
+    task: str = "records"  # "records": JSONL files in `folder`; "needle": generated into it
+    folder: str = "data"
+    train: str = "train.jsonl"  # PRPO's records
+    coldstart: str = "coldstart.jsonl"  # records with chains of memory
+    test: str = "test.jsonl"
+    test_long: str = ""  # longer videos, evaluated with `eval.long_segments`; "" for none
+    workers: int = 0  # processes that decode; 0 decodes in threads of this one
+    threads: int = 4  # threads that decode where there are no workers
+    prefetch: int = 4  # batches decoded ahead
+    cache_mb: int = 1024  # decoded frames kept in memory, in each process
+    allow_outside: bool = False  # let records name files outside their folder
+    train_videos: int = 400  # needle: videos to generate, with 6 questions each
+    test_videos: int = 125  # needle: with 4 questions each
+    long_videos: int = 100  # needle: of `eval.long_segments` clips, with 4 questions each
+    chain_cards: int = 4  # needle: cards in a memory of the cold start's chains
+    chain_keep: float = 0.7  # needle: chance that such a memory keeps a card for a step
+    chains: int = 1  # needle: chains written for each record
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Sizes of a segment's prompt."""
+
+    segments: int = 4  # clips a video is cut into in training (T)
+    frames: int = 32  # frames sampled from a clip (F), even
+    max_pixels: int = 128 * 32 * 32  # of a frame after resizing
+    prefix_tokens: int = 3072  # room for question, options and clip
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Sizes of a memory."""
+
+    slots: int = 1280  # hard limit in tokens: more cannot be sampled
+    budget: int = 1024  # L_max: tokens beyond it cost `prpo.beta` each
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-6
+    warmup: int = 10  # steps
+    final: float = 0.1  # learning rate at the end, as a share of the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Coldstart:
+    """Supervised training on chains of memory."""
+
+    steps: int = 800
+    batch: int = 32  # examples; each gives one sequence a segment
+    accumulate: int = 1  # micro-batches a step
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class PRPO:
+    """Progressive grouped relative policy optimisation. Defaults follow the paper where it says."""
+
+    steps: int = 1000  # rollouts
+    batch: int = 16  # examples a rollout
+    accumulate: int = 4  # micro-batches an update
+    group_size: int = 8  # completions an example and step (G)
+    psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
+    paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
+    tcr: bool = True  # reward every step; off: the answer counts after the last clip only
+    penalty: bool = True  # memory tokens beyond the budget cost
+    alpha: float = 1.0  # worth of a right answer
+    beta: float = 0.005  # cost of a memory token beyond the budget
+    tau_0: float = 1.0  # temperature of the draw of the memory at first
+    gamma: float = 0.995  # its decay an update
+    tau_min: float = 0.1
+    temperature: float = 1.0  # of sampling
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0  # weight of KL(policy || cold start); 0 keeps no reference in memory
+    entropy_coef: float = 0.0
+    adv_norm: str = "std"  # "std" (GRPO) or "none" (Dr. GRPO)
+    loss_agg: str = "seq"  # "seq" (GRPO), "token" (DAPO) or "constant" (Dr. GRPO)
+    updates_per_rollout: int = 1
+    optimizer: Optimizer = Optimizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluation."""
+
+    batch: int = 32
+    long_segments: int = 8  # segments of the videos in data.test_long
+    limit: int = 0  # questions of each set; 0 for all
+    timelines: int = 12  # in the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices on each axis; -1 on one of them takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of the whole state."""
+
+    every: int = 50  # steps
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run."""
+
+    hardware: str = "any"  # what the run is meant for: any, tpu or gpu
+    devices: int = 1  # how many of them it needs at least
+    seed: int = 0
+    model: Model = Model()
+    data: Data = Data()
+    prompt: Prompt = Prompt()
+    memory: Memory = Memory()
+    coldstart: Coldstart = Coldstart()
+    prpo: PRPO = PRPO()
+    eval: Eval = Eval()
+    mesh: Mesh = Mesh()
+    checkpoints: Checkpoints = Checkpoints()
+
+    @property
+    def paths(self) -> int:
+        """Memories carried in training: G without PSP."""
+        return self.prpo.paths if self.prpo.psp else self.prpo.group_size
+
+
+def default() -> config_dict.ConfigDict:
+    """A configuration with every key at its default; new keys are refused."""
+    config = config_dict.ConfigDict(dataclasses.asdict(Settings()))
+    return config.lock()
+
+
+def freeze(config: config_dict.ConfigDict) -> Settings:
+    """The settings of a configuration, checked.
+
+    Raises:
+      ConfigError: one sentence naming the key, what it holds and what it may hold.
+    """
+    settings = _build(Settings, config, "config")
+    _check(settings)
+    return settings
+
+
+def _build(cls, config, where: str):
+    kinds = typing.get_type_hints(cls)
+    unknown = sorted(set(config) - set(kinds))
+    if unknown:
+        raise ConfigError(f"{where}.{unknown[0]} is not a key; there are {', '.join(kinds)}")
+    values = {}
+    for name, kind in kinds.items():
+        if name not in config:
+            raise ConfigError(f"{where}.{name} is missing: start from videomem_jax.settings.default()")
+        value = config[name]
+        if dataclasses.is_dataclass(kind):
+            value = _build(kind, value, f"{where}.{name}")
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"{where}.{name}={value!r} must be of type {kind.__name__}")
+        values[name] = value
+    return cls(**values)
+
+
+def _check(s: Settings) -> None:
+    def need(good: bool, key: str, value, what: str) -> None:
+        if not good:
+            raise ConfigError(f"config.{key}={value!r} must be {what}")
+
+    def one_of(key: str, value: str, *choices: str) -> None:
+        need(value in choices, key, value, "one of " + ", ".join(choices))
+
+    one_of("hardware", s.hardware, "any", "tpu", "gpu")
+    one_of("model.dtype", s.model.dtype, "float32", "bfloat16")
+    one_of("data.task", s.data.task, "records", "needle")
+    one_of("prpo.adv_norm", s.prpo.adv_norm, "std", "none")
+    one_of("prpo.loss_agg", s.prpo.loss_agg, "seq", "token", "constant")
+    for key, value in (
+        ("prompt.segments", s.prompt.segments),
+        ("prompt.prefix_tokens", s.prompt.prefix_tokens),
+        ("memory.slots", s.memory.slots),
+        ("coldstart.batch", s.coldstart.batch),
+        ("coldstart.accumulate", s.coldstart.accumulate),
+        ("prpo.batch", s.prpo.batch),
+        ("prpo.accumulate", s.prpo.accumulate),
+        ("prpo.updates_per_rollout", s.prpo.updates_per_rollout),
+        ("eval.batch", s.eval.batch),
+        ("eval.long_segments", s.eval.long_segments),
+        ("checkpoints.every", s.checkpoints.every),
+        ("checkpoints.keep", s.checkpoints.keep),
+        ("data.prefetch", s.data.prefetch),
+        ("data.threads", s.data.threads),
+    ):
+        need(value >= 1, key, value, "at least 1")
+    for key, value in (
+        ("coldstart.steps", s.coldstart.steps),
+        ("prpo.steps", s.prpo.steps),
+        ("data.workers", s.data.workers),
+        ("eval.limit", s.eval.limit),
+    ):
+        need(value >= 0, key, value, "0 or more")
+    f = s.prompt.frames
+    need(f >= 2 and f % 2 == 0, "prompt.frames", f, "an even number, since frames go in pairs")
+    pixels = s.prompt.max_pixels
+    need(pixels >= 4 * 32 * 32, "prompt.max_pixels", pixels, "at least 4 tokens of 32*32 pixels")
+    budget, g, k = s.memory.budget, s.prpo.group_size, s.prpo.paths
+    need(0 <= budget <= s.memory.slots, "memory.budget", budget, f"0 to slots={s.memory.slots}")
+    need(g >= 2, "prpo.group_size", g, "at least 2: an advantage is relative to a group")
+    need(1 <= k <= g and g % k == 0, "prpo.paths", k, f"a divisor of group_size={g}")
+    need(0 < s.prpo.gamma <= 1, "prpo.gamma", s.prpo.gamma, "above 0 and at most 1")
+    for key, value in (
+        ("prpo.tau_0", s.prpo.tau_0),
+        ("prpo.tau_min", s.prpo.tau_min),
+        ("prpo.temperature", s.prpo.temperature),
+        ("coldstart.optimizer.learning_rate", s.coldstart.optimizer.learning_rate),
+        ("prpo.optimizer.learning_rate", s.prpo.optimizer.learning_rate),
+    ):
+        need(value > 0, key, value, "above 0")
+    for phase, batch, parts in (
+        ("coldstart", s.coldstart.batch, s.coldstart.accumulate),
+        ("prpo", s.prpo.batch, s.prpo.accumulate),
+    ):
+        t = s.prompt.segments
+        fits = t % parts == 0 or (parts % t == 0 and batch % (parts // t) == 0)
+        what = f"a divisor of segments={t}, or {t} times a divisor of batch={batch}"
+        need(fits, f"{phase}.accumulate", parts, what)
