@@ -1,0 +1,232 @@
+"""Trains the demo's base model: `make base`, or `python -m videomem_jax.pretrain --out FOLDER`.
+
+Deterministic for a seed on one kind of machine. The result is a Hugging Face folder (config.json,
+model.safetensors, tokenizer.json) like that of any other weights.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from tqdm import trange
+
+from videomem_jax.data import needle, needle_video, records, video
+from videomem_jax.models import convert
+from videomem_jax.models.presets import preset
+from videomem_jax.models.qwen3_vl import Qwen3VL, parameter_count
+from videomem_jax.pretrain import tasks
+from videomem_jax.prompt import turn_end, write_prefix
+from videomem_jax.tokenizer import Tokenizer
+
+FRAMES, SIZE, GRID = 8, (64, 96), (4, 6)
+# Room for a prompt about two frames, a clip, a text; and for a reply.
+PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 120, 56, 14
+# A letter is one token of a reply of up to 13, and the hardest one.
+LETTER_WEIGHT = 4.0
+
+_OUT = flags.DEFINE_string("out", None, "folder of the base model", required=True)
+_DATA = flags.DEFINE_string("data", "runs/base", "folder for the generated videos")
+_VIDEOS = flags.DEFINE_integer("videos", 600, "videos to generate")
+_FIRST = flags.DEFINE_integer("first_steps", 1000, "steps on pairs of frames, and texts")
+_STEPS = flags.DEFINE_integer("steps", 2600, "all steps; after the first, on clips and texts")
+_PAIRS = flags.DEFINE_integer("pairs", 48, "captions of two frames in one of the first steps")
+_CLIPS = flags.DEFINE_integer("clips", 16, "exchanges about a clip in a later step")
+_TEXTS = flags.DEFINE_integer("texts", 32, "exchanges about a text in one of the first steps")
+_LATER_TEXTS = flags.DEFINE_integer("later_texts", 24, "exchanges about a text in a later step")
+_RATE = flags.DEFINE_float("learning_rate", 2e-3, "peak learning rate")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of weights, tasks and order")
+
+
+class Films:
+    """All frames of the generated videos at one a second, in memory (uint8)."""
+
+    def __init__(self, folder: str, count: int):
+        needle.build(folder, tasks.spec(count))
+        found, _ = records.read_records(pathlib.Path(folder) / "base.jsonl")
+        films = {r.video: r for r in found}
+        seconds = needle_video.CLIP_SECONDS * 4
+        times = np.arange(int(seconds)).astype(float)
+        self.frames = np.stack([video.read_frames(v, times, SIZE) for v in films])
+        self.cards = [r.meta["cards"] for r in films.values()]
+
+    def pair(self, rng: np.random.Generator):
+        """Two frames 2 s apart, nine times in ten with a card: as `clip`."""
+        film = int(rng.integers(len(self.cards)))
+        card = self.cards[film][int(rng.integers(len(self.cards[film])))]
+        first = int(np.ceil(card["time"])) - 2 * int(rng.integers(2))
+        if rng.random() < 0.1:
+            first = int(rng.integers(self.frames.shape[1]))
+        first = min(max(first, 0), self.frames.shape[1] - 3)
+        return self._window(rng, film, first + np.array([0, 2]))
+
+    def clip(self, rng: np.random.Generator):
+        """A window of 16 s: patches [f/2, q, e], times to write [f], cards shown."""
+        film = int(rng.integers(len(self.cards)))
+        begin = int(rng.integers(0, self.frames.shape[1] - 15))
+        return self._window(rng, film, begin + np.arange(FRAMES) * 2)
+
+    def _window(self, rng, film, at):
+        shown = [
+            (c["colour"], c["picture"])
+            for c in self.cards[film]
+            if ((at >= c["time"]) & (at < c["time"] + needle_video.CARD_SECONDS)).any()
+        ]
+        # Clips are written at any time of a long film, so that no time is strange later.
+        stamped = at + 2.0 * int(rng.integers(0, 48))
+        return video.patchify(self.frames[film, at]), stamped, shown
+
+
+def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int):
+    """One exchange as arrays: the prompt's prefix with the tail in it, and the reply."""
+    long = write_prefix(tokenizer, task.question, task.options, times, GRID, 4 * size)
+    used = int(long.mask.sum())
+    tail = [*tokenizer.encode(task.tail), *turn_end(tokenizer)]
+    reply = tokenizer.encode((" " + task.reply) if task.reply[1:] else task.reply)
+    reply = [*reply, tokenizer.ids.im_end]
+    total = used + len(tail)
+    if total > size or len(reply) > REPLY:
+        raise ValueError(f"an exchange takes {total} + {len(reply)} tokens: raise the sizes")
+    position = int(long.next_position) + np.arange(len(tail))
+    tokens, slot = long.tokens[:size].copy(), long.slot[:size].copy()
+    positions = long.positions[:, :size].copy()
+    tokens[used:total], positions[:, used:total] = tail, position
+    return {
+        # The prompt's last token opens the reply.
+        "tokens": tokens,
+        "positions": positions,
+        "mask": np.arange(size) < total - 1,
+        "slot": slot,
+        "last": np.int32(tail[-1]),
+        "position": np.int32(position[-1]),
+        "reply": np.pad(np.array(reply, np.int32), (0, REPLY - len(reply))),
+        "length": np.int32(len(reply)),
+        "letter": np.arange(REPLY) == (len(reply) - 2 if tasks.ANSWERS in task.tail else -1),
+    }
+
+
+def draw(rng: np.random.Generator, tokenizer: Tokenizer, films: Films, first: bool):
+    """One step's exchanges: with frames, and without."""
+    seen, patches = [], []
+    for _ in range(_PAIRS.value if first else _CLIPS.value):
+        pixels, times, shown = films.pair(rng) if first else films.clip(rng)
+        task = tasks.of_frames(shown) if first else tasks.with_clip(rng, shown)
+        seen.append(encode(tokenizer, task, times, PAIR_PREFIX if first else CLIP_PREFIX))
+        patches.append(pixels)
+    read = [
+        encode(tokenizer, tasks.without_clip(rng), np.zeros((0,)), TEXT_PREFIX)
+        for _ in range(_TEXTS.value if first else _LATER_TEXTS.value)
+    ]
+    stack = lambda rows: {k: np.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731
+    return stack(seen) | {"patches": np.stack(patches)}, stack(read)
+
+
+def replies(model: Qwen3VL, batch):
+    """Cross-entropy of each reply token, and whether it is the likeliest: [n, c] with a mask."""
+    n = batch["reply"].shape[0]
+    features, slot = None, None
+    if "patches" in batch:
+        where = jnp.broadcast_to(video.patch_positions(*SIZE), (n, GRID[0] * GRID[1], 2))
+        features = model.see(batch["patches"], where, jnp.broadcast_to(jnp.array(GRID), (n, 2)))
+        slot = batch["slot"]
+    _, kv = model.prefill(
+        batch["tokens"], jnp.moveaxis(batch["positions"], 1, 0), batch["mask"], features, slot
+    )
+    inputs = jnp.concatenate([batch["last"][:, None], batch["reply"][:, :-1]], 1)[:, None]
+    position = jnp.broadcast_to(batch["position"][:, None, None] + jnp.arange(REPLY), inputs.shape)
+    mask = jnp.arange(REPLY) < batch["length"][:, None]
+    hidden = model.complete(
+        inputs, jnp.broadcast_to(position, (3, *position.shape)), mask[:, None], kv, batch["mask"]
+    )
+    logp = jax.nn.log_softmax(model.logits(hidden[:, 0]))
+    chosen = jnp.take_along_axis(logp, batch["reply"][..., None], -1)[..., 0]
+    return -chosen * mask, (jnp.argmax(logp, -1) == batch["reply"]) | ~mask, mask
+
+
+def whole_replies(model: Qwen3VL, batch):
+    """Share of replies that greedy decoding gets entirely right."""
+    return replies(model, batch)[1].all(-1).mean()
+
+
+def train_step(graph, transform, state, clip_batch, text_batch):
+    """One update on both kinds of exchanges."""
+    params, opt = state
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        total = 0.0
+        for batch in (clip_batch, text_batch):
+            nll, _, mask = replies(model, batch)
+            weight = mask * jnp.where(batch["letter"], LETTER_WEIGHT, 1.0)
+            total += (nll * weight).sum() / weight.sum()
+        return total
+
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, opt = transform.update(grads, opt, params)
+    return (optax.apply_updates(params, updates), opt), value
+
+
+def main(_):
+    started = time.time()
+    tokenizer = Tokenizer.train(tasks.corpus(_SEED.value), vocab_size=640)
+    config = preset("tiny", vocab_size=-(-len(tokenizer) // 8) * 8)
+    films = Films(_DATA.value, _VIDEOS.value)
+    print(f"{len(tokenizer)} tokens, {len(films.cards)} videos, {time.time() - started:.0f} s")
+
+    ids = tokenizer.ids
+    config = dataclasses.replace(
+        config,
+        video_token_id=ids.video_pad,
+        image_token_id=ids.image_pad,
+        vision_start_token_id=ids.vision_start,
+        vision_end_token_id=ids.vision_end,
+    )
+    model = Qwen3VL(config, rngs=nnx.Rngs(_SEED.value))
+    print(f"{parameter_count(model):,} parameters")
+    graph, params = nnx.split(model)
+    warmup = min(100, _STEPS.value // 10)
+    rate = optax.warmup_cosine_decay_schedule(0.0, _RATE.value, warmup, _STEPS.value)
+    transform = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
+    )
+    step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
+    right = jax.jit(lambda params, batch: whole_replies(nnx.merge(graph, params), batch))
+    state = (params, transform.init(params))
+    losses = []
+    bar = trange(_STEPS.value, desc="base", unit="step")
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def exchanges(i):
+        rng = np.random.default_rng([_SEED.value, i])
+        return pool.submit(draw, rng, tokenizer, films, i < _FIRST.value)
+
+    coming = exchanges(0)
+    for i in bar:
+        clip_batch, text_batch = coming.result()
+        coming = exchanges(i + 1)
+        state, loss = step(state, clip_batch, text_batch)
+        losses.append(float(loss))
+        if i % 50 == 49 or i == _STEPS.value - 1:
+            seen, read = float(right(state[0], clip_batch)), float(right(state[0], text_batch))
+            bar.write(
+                f"step {i + 1}: loss {np.mean(losses[-50:]):.3f}, whole replies right: "
+                f"clips {seen:.1%}, texts {read:.1%} ({time.time() - started:.0f} s)"
+            )
+        if i % 250 == 249 or i == _STEPS.value - 1:
+            out = pathlib.Path(_OUT.value)
+            out.mkdir(parents=True, exist_ok=True)
+            convert.save_pretrained(nnx.merge(graph, state[0]), out)
+            tokenizer.save(out)
+
+
+if __name__ == "__main__":
+    app.run(main)
