@@ -25,9 +25,13 @@ def evaluate_run(config, workdir_flag: str) -> None:
     run.check_hardware(s)
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, eval__batch=s.eval.batch)
+    run.check_weights(s)
     workdir = run.open_workdir(workdir_flag, config, fresh=False)
     watch = run.Stopwatch(workdir)
     run.make_data(s)
+    limit = s.eval.limit or None
+    records = run.read_records(s, s.data.test)[:limit]
+    long = run.read_records(s, s.data.test_long)[:limit] if s.data.test_long else []
 
     models = {"base": None, "coldstart": workdir / "coldstart_model", "prpo": workdir / "model"}
     models = {k: v for k, v in models.items() if v is None or (v / "config.json").exists()}
@@ -35,13 +39,10 @@ def evaluate_run(config, workdir_flag: str) -> None:
     base, best = loaded["base"], list(loaded)[-1]
     evaluator = evaluate.Evaluator(base.model, base.form, mesh)
     # The base was never taught the format: it is held to it, the trained models are not.
-    forced = run.make_format(base.tokenizer, base.model, s.memory.slots, forced=True).grammar
-    limit = s.eval.limit or None
-    records = run.read_records(s, s.data.test)[:limit]
+    forced = run.make_format(base.tokenizer, base.model, s, forced=True).grammar
     jobs = [(name, name, records, s.prompt.segments, False) for name in loaded]
     jobs.append(("blind", best, records, s.prompt.segments, True))
     if s.data.test_long:
-        long = run.read_records(s, s.data.test_long)[:limit]
         jobs.append((f"{best}_{s.eval.long_segments}_segments", best, long, s.eval.long_segments, False))
     items, skipped = {}, {}
     for name, model, test, segments, blind in jobs:
@@ -125,4 +126,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=run.parse_flags)

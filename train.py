@@ -129,19 +129,27 @@ def train(config, workdir_flag: str) -> None:
     run.check_hardware(s)
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, coldstart__batch=s.coldstart.batch, prpo__batch=s.prpo.batch)
+    run.check_weights(s)
     workdir = run.open_workdir(workdir_flag, config, fresh=True)
     watch, writer = run.Stopwatch(workdir), MetricsWriter(workdir)
 
     with watch("data"):
         run.make_data(s)
+    phases = (
+        ("coldstart", s.coldstart.steps, s.data.coldstart, coldstart),
+        ("prpo", s.prpo.steps, s.data.train, prpo),
+    )
+    # All of them now: a missing file is not to be found after hours of the first phase.
+    data = {
+        name: run.read_records(s, file, chains=name == "coldstart")
+        for name, steps, file, _ in phases
+        if steps
+    }
     loaded = run.load(s)
     print(f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s)")
 
     exports = {"coldstart": workdir / "coldstart_model", "prpo": workdir / "model"}
-    for name, steps, file, loop in (
-        ("coldstart", s.coldstart.steps, s.data.coldstart, coldstart),
-        ("prpo", s.prpo.steps, s.data.train, prpo),
-    ):
+    for name, steps, _, loop in phases:
         folder = exports[name]
         if (folder / "config.json").exists():
             print(f"{name}: done before")
@@ -153,7 +161,7 @@ def train(config, workdir_flag: str) -> None:
                     name,
                     s,
                     trainer,
-                    run.read_records(s, file),
+                    data[name],
                     loaded.tokenizer,
                     batch,
                     workdir,
@@ -161,8 +169,10 @@ def train(config, workdir_flag: str) -> None:
                     writer,
                 )
                 state = loop(phase)
-                convert.save_pretrained(trainer.model(state), folder)
+                # config.json, which marks the phase as done, is written last.
+                folder.mkdir(exist_ok=True)
                 loaded.tokenizer.save(folder)
+                convert.save_pretrained(trainer.model(state), folder)
         if (folder / "config.json").exists():
             loaded = run.load(s, folder)
     writer.close()
@@ -179,4 +189,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=run.parse_flags)

@@ -58,6 +58,12 @@ def _hasty() -> dict:
 
 
 @pytest.fixture(scope="session")
+def hasty() -> dict:
+    """`compiler_options` with which tests compile."""
+    return _hasty()
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """A byte-level tokenizer with a few words of its own."""
     return Tokenizer.train(LINES, VOCAB - 16)
@@ -166,7 +172,7 @@ def form_of(tokenizer):
             allowed[fmt.State.MEMORY, [*words, ids.memory_close]] = True
             allowed[fmt.State.BROKEN] = False
             allowed[fmt.State.BROKEN, [*words, ids.im_end]] = True
-            built = built._replace(allowed=jax.numpy.array(allowed))
+            built = built.replace(allowed=jax.numpy.array(allowed))
         return Format(built, ids, turn_end(tokenizer))
 
     return make
@@ -190,6 +196,10 @@ def batch_of(tokenizer, clip_of):
             jax.tree.map(lambda *a: np.stack(a).reshape(b, t, *np.shape(a[0])), *part)
             for part in rows
         )
+        # Two to four options, answered by their letters.
+        choices = np.full((b, 4, 1), -1, np.int32)
+        for i in range(b):
+            choices[i, : 2 + i % 3, 0] = tokenizer.ids.letters[: 2 + i % 3]
         return Batch(
             prefix=Prefix(*prefix),
             clip=Clip(*clip),
@@ -199,7 +209,7 @@ def batch_of(tokenizer, clip_of):
                 answer=np.full((b, t), -1, np.int32),
             ),
             gold=(np.arange(b) % 2).astype(np.int32),
-            options=(2 + np.arange(b) % 3).astype(np.int32),
+            choices=choices,
             record=np.arange(b, dtype=np.int32),
             real=np.ones(b, bool),
         )

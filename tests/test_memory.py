@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from videomem_jax import grammar as fmt
-from videomem_jax import memory, prpo
+from videomem_jax import memory, prpo, rollout
 from videomem_jax.batch import Chain
 from videomem_jax.grammar import Parsed
 from videomem_jax.memory import Memory, Sampling
@@ -123,6 +123,38 @@ def test_each_segment_and_path_has_its_own_draws(looped):
     tokens = looped(GROUP).completions.tokens
     first = [tuple(row) for row in tokens[:, :, 0].reshape(-1, tokens.shape[-1])]
     assert len(set(first)) > len(first) // 2
+
+
+def test_each_path_is_read_by_itself(tiny, form_of, film, tokenizer, each=24):
+    """Completions of k memories of b examples, against every one of the prompts alone."""
+    form, (batch, features) = form_of("forced", SLOTS), film
+    words = np.array(tokenizer.encode("abcdefghijklmnopqrst"), np.int32).reshape(2, 2, SLOTS)
+    before = Memory(words, np.array([[0, 4], [SLOTS, 2]], np.int32))
+    prefix, seen = (
+        at(batch.prefix, ALL, 1),
+        VisionFeatures(features.embeds[:, 1], features.deepstack[:, :, 1]),
+    )
+    sampling = Sampling(2 * each, 2, 4.0, False)
+    step = tiny.jit(lambda model, *args: memory.step(model, form, *args, sampling))
+    out, parsed = step(prefix, seen, before, batch.options, jax.random.key(0))
+    answers = np.asarray(parsed.answer).reshape(2, 2, each)
+
+    @tiny.jit
+    def score(model, prefix, features, before, options, tokens, mask):
+        context = memory.context(model, form, prefix, features, before)
+        return rollout.score(model, form.grammar, context, options, tokens, mask, temperature=4.0)[
+            0
+        ]
+
+    for i, j in np.ndindex(2, 2):
+        row, one = 2 * i + j, slice(i, i + 1)
+        alone = VisionFeatures(seen.embeds[one], seen.deepstack[:, one])
+        memories = at(before, one, slice(j, j + 1))
+        drawn = out.tokens[row][None], out.mask[row][None]
+        got = score(at(prefix, one), alone, memories, batch.options[one], *drawn)
+        expected = np.where(out.mask[row], out.logprobs[row], 0)
+        np.testing.assert_allclose(got[0], expected, atol=1e-4)
+        assert set(answers[i, j].tolist()) == set(range(batch.options[i]))
 
 
 def test_seeing_all_clips_is_seeing_each(tiny, film):

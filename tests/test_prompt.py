@@ -175,7 +175,7 @@ def test_padding_changes_nothing(tokenizer, tiny, clip_of, form_of, rows):
     after = (ids.memory_close, *turn_end(tokenizer))
     prefix, memory = rows
     clip = clip_of(GRIDS, 2, pad=ROOM * 4 - 16)
-    grammar = form.grammar._replace(allowed=jnp.ones_like(form.grammar.allowed))
+    grammar = form.grammar.replace(allowed=jnp.ones_like(form.grammar.allowed))
     tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 2, SLOTS + fmt.OVERHEAD))
 
     def score(model, prompt, clip, tokens):

@@ -35,41 +35,30 @@ def read(model, form, batch, before):
 
 @pytest.fixture(scope="module")
 def draw(tiny, form_of, opening):
-    """Draws completions with a table of what may be sampled, and scores them again.
+    """Draws completions by a grammar, and scores them again; one compile serves all grammars."""
+    form = form_of("free", SLOTS)
 
-    The table and the key are arguments, so that two compiles serve all tests.
-    """
+    def run(model, batch, before, grammar, key):
+        context = read(model, form, batch, before)
+        out = rollout.sample(
+            *(model, grammar, context, batch.options, key), count=COUNT, temperature=TEMPERATURE
+        )
+        again = rollout.score(
+            *(model, grammar, context, batch.options, out.tokens, out.mask),
+            temperature=TEMPERATURE,
+        )
+        return out, again
 
-    def make(forced):
-        form = form_of("forced" if forced else "free", SLOTS)
-
-        def run(model, batch, before, allowed, key):
-            grammar = form.grammar._replace(allowed=allowed)
-            context = read(model, form, batch, before)
-            out = rollout.sample(
-                *(model, grammar, context, batch.options, key), count=COUNT, temperature=TEMPERATURE
-            )
-            again = rollout.score(
-                *(model, grammar, context, batch.options, out.tokens, out.mask),
-                temperature=TEMPERATURE,
-            )
-            return out, again
-
-        return tiny.jit(run)
-
-    made = {forced: make(forced) for forced in (False, True)}
-
-    def draws(allowed, seed=0, forced=False):
-        return jax.tree.map(np.asarray, made[forced](*opening, allowed, jax.random.key(seed)))
-
-    return draws
+    run = tiny.jit(run)
+    return lambda grammar, seed=0: jax.tree.map(
+        np.asarray, run(*opening, grammar, jax.random.key(seed))
+    )
 
 
 @pytest.fixture(scope="module")
 def drawn(draw, form_of):
     """Completions of a kind of format, and their log-probabilities and entropies scored again."""
-    table = lambda kind: form_of(kind, SLOTS).grammar.allowed  # noqa: E731
-    return functools.cache(lambda kind: draw(table(kind), forced=kind == "forced"))
+    return functools.cache(lambda kind: draw(form_of(kind, SLOTS).grammar))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,12 +92,13 @@ def test_masks_end_with_the_completions(drawn, tokenizer, kind):
 
 def test_the_loop_stops_with_the_last_completion(draw, form_of, tokenizer):
     """Of memories of no word or one: what is behind was never written."""
-    allowed, ids = np.array(form_of("forced", SLOTS).grammar.allowed), tokenizer.ids
-    only = np.arange(VOCAB) == ids.memory_close
-    got = []
+    grammar, ids = form_of("forced", SLOTS).grammar, tokenizer.ids
+    only, got = np.arange(VOCAB) == ids.memory_close, []
     for first in (ids.memory_close, *tokenizer.encode("x")):
-        allowed[State.MEMORY] = only | (np.arange(VOCAB) == first)
-        out, (logprobs, _) = draw(jnp.array(allowed), forced=True)
+        words = only | (np.arange(VOCAB) == first)
+        out, (logprobs, _) = draw(
+            grammar.replace(allowed=grammar.allowed.at[State.MEMORY].set(words))
+        )
         last = out.mask.sum(-1).max()
         assert (out.state == State.DONE).all()
         assert not out.tokens[..., last:].any() and not out.logprobs[..., last:].any()
@@ -131,15 +121,15 @@ def test_states_are_what_the_completions_say(drawn, parse_slowly, opening, kind)
 
 
 def test_completions_are_drawn_by_themselves(draw, form_of):
-    out, _ = draw(form_of("free", SLOTS).grammar.allowed)
+    out, _ = draw(form_of("free", SLOTS).grammar)
     rows = out.tokens.reshape(2 * COUNT, -1)
     assert len(set(map(tuple, rows.tolist()))) == 2 * COUNT
 
 
 def test_all_text_and_only_text_comes_in_memories(draw, form_of, tokenizer):
     first = np.arange(VOCAB) == tokenizer.ids.memory_open
-    allowed = form_of("free", SLOTS).grammar.allowed.at[State.START].set(first)
-    out, _ = draw(allowed)
+    grammar = form_of("free", SLOTS).grammar
+    out, _ = draw(grammar.replace(allowed=grammar.allowed.at[State.START].set(first)))
     text, close = tokenizer.text_mask(VOCAB), tokenizer.ids.memory_close
     lengths, seen = set(), set()
     for row in out.tokens.reshape(-1, SIZE).tolist():
@@ -152,9 +142,9 @@ def test_all_text_and_only_text_comes_in_memories(draw, form_of, tokenizer):
 
 def test_tokens_come_as_often_as_they_are_likely(draw, form_of):
     """The first token, of four that may be drawn."""
-    allowed = form_of("loose", SLOTS).grammar.allowed
-    allowed = allowed.at[State.START].set(allowed[State.MEMORY])
-    parts = [draw(allowed, seed=seed)[0] for seed in range(4)]
+    grammar = form_of("loose", SLOTS).grammar
+    first = grammar.allowed.at[State.START].set(grammar.allowed[State.MEMORY])
+    parts = [draw(grammar.replace(allowed=first), seed)[0] for seed in range(4)]
     tokens, logprobs, entropies = (
         np.concatenate([getattr(part, name)[..., 0] for part in parts], 1)
         for name in ("tokens", "logprobs", "entropy")

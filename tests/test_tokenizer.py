@@ -114,6 +114,19 @@ def test_text_mask(either, rows_beyond=7):
     assert mask[either.encode(string.printable)].all()
 
 
+def test_text_mask_where_the_vocabulary_itself_has_the_specials():
+    """Some files count them among the learnt pieces."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(["a b"], trainer)
+    own = Tokenizer(inner)
+    mask = own.text_mask(len(own) + 3)
+    assert not mask[list(specials(own))].any() and mask[list(own.ids.letters)].all()
+
+
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)

@@ -1,7 +1,8 @@
 """The contract between data and model: one pytree of fixed shapes.
 
 Axes: b example, t segment, p prefix position, f frame pair, q patch of a pair, e patch values,
-m memory slot.
+m memory slot,
+o option, a token of a choice.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Chain(NamedTuple):
 
     memory: ids of the memory after each segment, padded at the end.
     length: tokens in it; -1 where there is none to learn.
-    answer: index of the provisional answer's letter; -1 where there is none to learn.
+    answer: index of the option that is the provisional answer; -1 where there is none to learn.
     """
 
     memory: Int[Array, "*b m"]
@@ -57,7 +58,8 @@ class Chain(NamedTuple):
 class Batch(NamedTuple):
     """b examples of t segments.
 
-    gold: index of the right option; options: how many there are.
+    gold: index of the right option.
+    choices: ids of what may be answered for each option (its letter, or its text), padded with -1.
     record: the record's row in its data set.
     real: False for rows that only fill the batch up.
     """
@@ -66,6 +68,6 @@ class Batch(NamedTuple):
     clip: Clip
     chain: Chain
     gold: Int32[Array, " b"]
-    options: Int32[Array, " b"]
+    choices: Int32[Array, "b o a"]
     record: Int32[Array, " b"]
     real: Bool[Array, " b"]

@@ -57,17 +57,20 @@ class Checkpoints:
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for at, step in enumerate(steps):
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
             )
             try:
                 found = self._manager.restore(step, args=args)
-                return step, found["state"], found["data"]
             except Exception as error:  # whatever orbax meets in a damaged file
                 cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 _log.warning("checkpoint %s cannot be read (%s)", self._folder / str(step), cause)
-                self._manager.delete(step)
+                continue
+            # Only now: their steps are to be saved again. Where none is usable, all are kept.
+            for damaged in steps[:at]:
+                self._manager.delete(damaged)
+            return step, found["state"], found["data"]
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints in {self._folder} can be read: if that run is lost, "

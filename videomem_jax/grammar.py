@@ -1,6 +1,8 @@
 """The format of a completion as a state machine over token ids.
 
-    <memory> text... </memory> <answer> LETTER </answer> <|im_end|>
+    <memory> text... </memory> <answer> CHOICE </answer> <|im_end|>
+
+A choice is what a right answer may be: an option's letter, or its text.
 
 Integer work on the device: `advance` follows a completion token by token, `parse` finds memory and
 answer, and a table says what may be sampled in each state. Inside a memory only ordinary text may
@@ -21,8 +23,8 @@ from jaxtyping import Array, Bool, Int
 
 from videomem_jax.tokenizer import Tokenizer
 
-# Tokens of a completion beside its memory's: four tags, the letter, the turn's end.
-OVERHEAD = 6
+# Tokens of a completion beside memory and choice: four tags, the turn's end.
+TAGS = 5
 
 
 class State(enum.IntEnum):
@@ -33,11 +35,12 @@ class State(enum.IntEnum):
     FULL = 2  # as many memory tokens as there is room for
     REMEMBERED = 3
     ANSWER = 4
-    ANSWERED = 5
-    CLOSED = 6
-    DONE = 7  # well-formed and ended
-    BROKEN = 8
-    FAILED = 9  # ended without the format
+    ANSWERED = 5  # with one token or more
+    FULL_ANSWER = 6  # with as many as a choice can have
+    CLOSED = 7
+    DONE = 8  # well-formed and ended
+    BROKEN = 9
+    FAILED = 10  # ended without the format
 
 
 @struct.dataclass
@@ -45,28 +48,35 @@ class Grammar:
     """The machine for one vocabulary: a pytree, so that jitted code can take either kind.
 
     allowed: [state, vocab], what may be sampled.
-    letters: ids of the answer letters.
+    text: [vocab], what is ordinary text.
     expected: [state], the one id that leads on from a state (-1 where there are several).
     end: the id that ends a turn.
     forced: whether only tokens that keep to the format may be sampled.
     slots: room for memory tokens.
+    room: for the tokens of a choice.
     """
 
     allowed: Bool[Array, "states vocab"]
-    letters: Int[Array, " letters"]
+    text: Bool[Array, " vocab"]
     expected: Int[Array, " states"]
     end: Int[Array, ""]
     forced: Bool[Array, ""]
     slots: int = struct.field(pytree_node=False)
+    room: int = struct.field(pytree_node=False)
+
+    @property
+    def size(self) -> int:
+        """Tokens of the longest well-formed completion."""
+        return self.slots + self.room + TAGS
 
 
 class Parsed(NamedTuple):
     """What completions say.
 
-    well_formed: whether they keep to the format.
+    well_formed: whether they keep to the format, a choice as the answer included.
     memory: [..., m] ids, padded with `pad` (all padding where not well-formed).
     length: tokens in the memory (0 where not well-formed).
-    answer: index of the answer's letter; -1 where not well-formed.
+    answer: index of the choice; -1 where not well-formed.
     """
 
     well_formed: Bool[Array, "..."]
@@ -75,13 +85,16 @@ class Parsed(NamedTuple):
     answer: Int[Array, "..."]
 
 
-def build(tokenizer: Tokenizer, vocab: int, slots: int, forced: bool = False) -> Grammar:
+def build(
+    tokenizer: Tokenizer, vocab: int, slots: int, room: int = 1, forced: bool = False
+) -> Grammar:
     """The machine for a tokenizer.
 
     Args:
       tokenizer: with the four tags.
       vocab: rows of the model's embedding.
       slots: room for memory tokens.
+      room: for the tokens of a choice.
       forced: only tokens that keep to the format may be sampled. A model that was never taught
         the format can be evaluated this way.
     """
@@ -91,7 +104,7 @@ def build(tokenizer: Tokenizer, vocab: int, slots: int, forced: bool = False) ->
     expected[State.START] = ids.memory_open
     expected[State.FULL] = ids.memory_close
     expected[State.REMEMBERED] = ids.answer_open
-    expected[State.ANSWERED] = ids.answer_close
+    expected[State.FULL_ANSWER] = ids.answer_close
     expected[State.CLOSED] = ids.im_end
     allowed = np.zeros((len(State), vocab), bool)
     allowed[:] = text
@@ -105,14 +118,15 @@ def build(tokenizer: Tokenizer, vocab: int, slots: int, forced: bool = False) ->
         for state in np.flatnonzero(expected >= 0):
             allowed[state] = False
             allowed[state, expected[state]] = True
-        allowed[State.ANSWER] = False
-        allowed[State.ANSWER, list(ids.letters)] = True
+        allowed[[State.ANSWER, State.ANSWERED]] = text
+        allowed[State.ANSWERED, ids.answer_close] = True
     return Grammar(
         allowed=jnp.array(allowed),
-        letters=jnp.array(ids.letters, jnp.int32),
+        text=jnp.array(text),
         expected=jnp.array(expected),
         end=jnp.array(ids.im_end, jnp.int32),
         slots=slots,
+        room=room,
         forced=jnp.array(forced),
     )
 
@@ -120,24 +134,24 @@ def build(tokenizer: Tokenizer, vocab: int, slots: int, forced: bool = False) ->
 def advance(
     grammar: Grammar, state: Int[Array, "*b"], length: Int[Array, "*b"], token: Int[Array, "*b"]
 ) -> tuple[Int[Array, "*b"], Int[Array, "*b"]]:
-    """State and memory length after one more token."""
+    """State, and tokens in the part (memory or answer) that it is in, after one more token."""
     in_memory = (state == State.MEMORY) | (state == State.FULL)
-    closes = token == grammar.expected[State.FULL]
-    length = length + (in_memory & ~closes)
+    in_answer = (state >= State.ANSWER) & (state <= State.FULL_ANSWER)
+    closes_memory = token == grammar.expected[State.FULL]
+    closes_answer = token == grammar.expected[State.FULL_ANSWER]
+    length = jnp.where(in_memory | in_answer, length + 1, 0)
+
     inside = jnp.where(length >= grammar.slots, State.FULL, State.MEMORY)
-    is_text = grammar.allowed[State.MEMORY, token]
-    inside = jnp.where((length > grammar.slots) | ~is_text, State.BROKEN, inside)
-    led_on = token == grammar.expected[state]
-    is_letter = (token[..., None] == grammar.letters).any(-1)
-    follows = jnp.where(state == State.CLOSED, State.DONE, state + 1)
-    new = jnp.where(led_on, follows, State.BROKEN)
-    new = jnp.where(in_memory, jnp.where(closes, State.REMEMBERED, inside), new)
-    new = jnp.where(
-        state == State.ANSWER, jnp.where(is_letter, State.ANSWERED, State.BROKEN), new
-    )
+    inside = jnp.where((length > grammar.slots) | ~grammar.text[token], State.BROKEN, inside)
+    told = jnp.where(length >= grammar.room, State.FULL_ANSWER, State.ANSWERED)
+    told = jnp.where((length > grammar.room) | ~grammar.text[token], State.BROKEN, told)
+    told = jnp.where(closes_answer & (state != State.ANSWER), State.CLOSED, told)
+
+    new = jnp.where(token == grammar.expected[state], state + 1, State.BROKEN)
+    new = jnp.where(in_memory, jnp.where(closes_memory, State.REMEMBERED, inside), new)
+    new = jnp.where(in_answer, told, new)
     new = jnp.where((new == State.BROKEN) & (token == grammar.end), State.FAILED, new)
-    ended = (state == State.DONE) | (state == State.FAILED)
-    return jnp.where(ended, state, new), length
+    return jnp.where(ended(state), state, new), length
 
 
 def ended(state: Int[Array, "*b"]) -> Bool[Array, "*b"]:
@@ -158,19 +172,31 @@ def states(grammar: Grammar, tokens: Int[Array, "*b c"]) -> Int[Array, "*b c"]:
 
 
 def permitted(
-    grammar: Grammar, state: Int[Array, "*b"], options: Int[Array, "*b"]
-) -> Bool[Array, "*b vocab"]:
-    """What may be sampled in a state, of a question with so many options."""
-    allowed = grammar.allowed[state]
-    vocab = grammar.allowed.shape[-1]
-    rank = jnp.full((vocab,), -1, jnp.int32)
-    rank = rank.at[grammar.letters].set(jnp.arange(grammar.letters.shape[0]))
-    beyond = (state[..., None] == State.ANSWER) & (rank >= options[..., None])
-    return allowed & ~(beyond & grammar.forced)
+    grammar: Grammar, state: Int[Array, "n *b"], choices: Int[Array, "n o a"]
+) -> Bool[Array, "n *b vocab"]:
+    """What may be sampled in a state.
+
+    Where the format is forced, an answer may have tokens of its row's choices only (of any of
+    them, so that choices of several tokens could still be mixed up).
+    """
+    n, vocab = choices.shape[0], grammar.allowed.shape[-1]
+    row = jnp.arange(n)[:, None]
+    flat = choices.reshape(n, -1)
+    of_choice = jnp.zeros((n, vocab), bool)
+    # Padding (-1) goes where it changes nothing.
+    of_choice = of_choice.at[row, jnp.where(flat < 0, grammar.expected[State.FULL_ANSWER], flat)]
+    of_choice = of_choice.set(True).at[:, grammar.expected[State.FULL_ANSWER]].set(True)
+    of_choice = of_choice.reshape(n, *[1] * (state.ndim - 1), vocab)
+    answering = (state >= State.ANSWER) & (state <= State.FULL_ANSWER)
+    return grammar.allowed[state] & (of_choice | ~(answering & grammar.forced)[..., None])
 
 
 def parse(
-    grammar: Grammar, tokens: Int[Array, "*b c"], final: Int[Array, "*b"], pad: int
+    grammar: Grammar,
+    tokens: Int[Array, "*b c"],
+    final: Int[Array, "*b"],
+    choices: Int[Array, "*b o a"],
+    pad: int,
 ) -> Parsed:
     """Memory and answer of completions.
 
@@ -178,14 +204,19 @@ def parse(
       grammar: the machine.
       tokens: completions, each from its first token on; what follows its end is ignored.
       final: the state after the last token.
+      choices: ids of what may be answered, padded with -1.
       pad: the id that fills a memory up.
     """
-    good = final == State.DONE
     close = jnp.argmax(tokens == grammar.expected[State.FULL], axis=-1)
+    begin = close + 2
+    end = jnp.argmax(tokens == grammar.expected[State.FULL_ANSWER], axis=-1)
+    at = begin[..., None] + jnp.arange(grammar.room)
+    told = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1), axis=-1)
+    told = jnp.where(at < end[..., None], told, -1)
+    same = (told[..., None, :] == choices).all(-1) & (choices[..., 0] >= 0)
+    good = (final == State.DONE) & same.any(-1)
     length = jnp.where(good, close - 1, 0)
     place = jnp.arange(grammar.slots)
     memory = jnp.where(place < length[..., None], tokens[..., 1 : 1 + grammar.slots], pad)
-    letter = jnp.take_along_axis(tokens, jnp.minimum(close + 2, tokens.shape[-1] - 1)[..., None], -1)
-    answer = jnp.argmax(letter == grammar.letters, axis=-1)
-    return Parsed(good, memory.astype(jnp.int32), length, jnp.where(good, answer, -1))
-
+    answer = jnp.where(good, jnp.argmax(same, axis=-1), -1)
+    return Parsed(good, memory.astype(jnp.int32), length, answer)

@@ -113,7 +113,7 @@ def step(
     prefix: Prefix,
     features: VisionFeatures,
     memory: Memory,
-    options: Int[Array, " b"],
+    choices: Int[Array, "b o a"],
     key: jax.Array,
     sampling: Sampling,
 ) -> tuple[rollout.Completions, Parsed]:
@@ -127,15 +127,21 @@ def step(
         model,
         form.grammar,
         context(model, form, prefix, features, memory),
-        jnp.repeat(options, sampling.paths),
+        jnp.repeat(choices, sampling.paths, axis=0),
         key,
         count=each,
         temperature=sampling.temperature,
         greedy=sampling.greedy,
     )
-    parsed = fmt.parse(form.grammar, completions.tokens, completions.state, form.ids.pad)
     whole = lambda a: a.reshape(-1, sampling.group, *a.shape[2:])  # noqa: E731
-    return completions, jax.tree.map(whole, parsed)
+    told = fmt.parse(
+        form.grammar,
+        whole(completions.tokens),
+        whole(completions.state),
+        choices[:, None],
+        form.ids.pad,
+    )
+    return completions, told
 
 
 def hand_on(memory: Memory, parsed: Parsed, chosen: Int[Array, "b k"]) -> Memory:
@@ -193,7 +199,7 @@ def loop(
             prefix,
             VisionFeatures(embeds, deepstack),
             memory,
-            batch.options,
+            batch.choices,
             sample_key,
             sampling,
         )
@@ -220,15 +226,21 @@ def supervised(batch: Batch, form: Format) -> tuple[Memory, Int[Array, "b t c"],
     length = jnp.maximum(chain.length, 0)
     shift = lambda a, zero: jnp.concatenate([jnp.full_like(a[:, :1], zero), a[:, :-1]], 1)  # noqa: E731
     before = Memory(shift(chain.memory, ids.pad), shift(length, 0))
-    slots = form.grammar.slots
-    place = jnp.arange(slots + fmt.OVERHEAD)
-    after = place - length[..., None] - 1  # 0 at the tag that closes the memory
-    letter = form.grammar.letters[jnp.maximum(chain.answer, 0)][..., None]
-    ends = (ids.memory_close, ids.answer_open, letter, ids.answer_close, ids.im_end)
-    tokens = jnp.pad(chain.memory, ((0, 0), (0, 0), (1, fmt.OVERHEAD - 1)), constant_values=ids.pad)
+    grammar = form.grammar
+    after = jnp.arange(grammar.size) - length[..., None] - 1  # 0 at the tag that closes the memory
+    row = jnp.arange(chain.answer.shape[0])[:, None]
+    answer = batch.choices[row, jnp.maximum(chain.answer, 0)]  # [b, t, a], padded with -1
+    used = (answer >= 0).sum(-1, keepdims=True)
+    room = grammar.size - grammar.slots - 1
+    tokens = jnp.pad(chain.memory, ((0, 0), (0, 0), (1, room)), constant_values=ids.pad)
     tokens = tokens.at[..., 0].set(ids.memory_open)
-    for i, token in enumerate(ends):
-        tokens = jnp.where(after == i, token, tokens)
+    tokens = jnp.where(after == 0, ids.memory_close, tokens)
+    tokens = jnp.where(after == 1, ids.answer_open, tokens)
+    told = (after >= 2) & (after < 2 + used)
+    at = jnp.clip(after - 2, 0, answer.shape[-1] - 1)
+    tokens = jnp.where(told, jnp.take_along_axis(answer, at, axis=-1), tokens)
+    tokens = jnp.where(after == 2 + used, ids.answer_close, tokens)
+    tokens = jnp.where(after == 3 + used, ids.im_end, tokens)
     known = (chain.length >= 0)[..., None] & batch.real[:, None, None]
-    learn = (after < len(ends)) & known & ((after != 2) | (chain.answer >= 0)[..., None])
+    learn = (after < 4 + used) & known & (~told | (chain.answer >= 0)[..., None])
     return before, tokens.astype(jnp.int32), learn

@@ -9,7 +9,9 @@ import resource
 import time
 from collections.abc import Mapping
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 class MetricsWriter:
@@ -21,7 +23,10 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "metrics.jsonl"
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies when the disk is full, and `write` would wait for it
+        # for ever.
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._started = time.time()
 
     def forget_after(self, phase: str, step: int) -> None:
@@ -39,12 +44,17 @@ class MetricsWriter:
         row |= {name: float(value) for name, value in values.items()}
         with self._path.open("a") as out:
             out.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            if math.isfinite(float(value)):
-                self._board.add_scalar(f"{phase}/{name}", float(value), step)
+        shown = [
+            Summary.Value(tag=f"{phase}/{name}", simple_value=float(value))
+            for name, value in values.items()
+            if math.isfinite(float(value))
+        ]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=shown))
+        self._board.write_event(event)
+        self._board.flush()
 
     def close(self) -> None:
-        """Flushes the event files."""
+        """Closes the event file."""
         self._board.close()
 
 

@@ -177,3 +177,35 @@ def memory_ids(tokenizer: Tokenizer, text: str, slots: int) -> Int[np.ndarray, "
             f"config.memory.slots={slots}: raise it, or write shorter chains"
         )
     return np.array(ids, np.int32)
+
+
+def answers(
+    tokenizer: Tokenizer, options: Sequence[str], how: str, count: int, room: int
+) -> Int[np.ndarray, "o a"]:
+    """Ids of what may be answered: the letter of each option, or its text.
+
+    Args:
+      tokenizer: of the model.
+      options: of the question.
+      how: "letter" or "text".
+      count: rows, for the most options that a question may have.
+      room: tokens of the longest answer.
+
+    Returns:
+      Ids padded with -1, in their tokens and in their number.
+
+    Raises:
+      PromptError: if there are more options or longer ones than there is room for.
+    """
+    if len(options) > count:
+        raise PromptError(f"{len(options)} options are more than config.prompt.options={count}")
+    table = np.full((count, room), -1, np.int32)
+    for i, option in enumerate(options):
+        ids = [tokenizer.ids.letters[i]] if how == "letter" else tokenizer.encode_memory(option)
+        if len(ids) > room:
+            raise PromptError(
+                f"the option {option[:40]!r} has {len(ids)} tokens, more than "
+                f"config.prompt.answer_tokens={room}: raise it, or answer by letter"
+            )
+        table[i, : len(ids)] = ids
+    return table

@@ -79,7 +79,7 @@ def sample(
     model: Qwen3VL,
     grammar: fmt.Grammar,
     context: Context,
-    options: Int[Array, " n"],
+    choices: Int[Array, "n o a"],
     key: jax.Array,
     *,
     count: int,
@@ -90,16 +90,15 @@ def sample(
 
     Args:
       model: the policy.
-      grammar: the format; its `slots` bound the length.
+      grammar: the format; it bounds the length.
       context: the prompts.
-      options: how many options each prompt's question has.
+      choices: what may be answered to each prompt (see `grammar.parse`).
       key: of the draw; one key is folded with each token's index.
       count: completions a prompt (r).
       temperature: of the distribution.
       greedy: take the most likely token in place of a draw.
     """
-    n, size = context.last.shape[0], grammar.slots + fmt.OVERHEAD
-    options = jnp.broadcast_to(options[:, None], (n, count))
+    n, size = context.last.shape[0], grammar.size
     shape = (n, count)
 
     def more(carry):
@@ -111,7 +110,7 @@ def sample(
         position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
         hidden, cache = model.step(token, position, cache, index, context.kv, context.mask)
         logp = log_softmax(
-            model.logits(hidden), fmt.permitted(grammar, state, options), temperature
+            model.logits(hidden), fmt.permitted(grammar, state, choices), temperature
         )
         if greedy:
             new = jnp.argmax(logp, axis=-1)
@@ -148,7 +147,7 @@ def score(
     model: Qwen3VL,
     grammar: fmt.Grammar,
     context: Context,
-    options: Int[Array, " n"],
+    choices: Int[Array, "n o a"],
     tokens: Int[Array, "n r c"],
     mask: Bool[Array, "n r c"],
     *,
@@ -163,9 +162,7 @@ def score(
     inputs = jnp.concatenate([first, tokens[:, :, :-1]], axis=2)
     position = jnp.broadcast_to(context.position[:, None, None] + jnp.arange(c), (3, n, r, c))
     hidden = model.complete(inputs, position, mask, context.kv, context.mask)
-    allowed = fmt.permitted(
-        grammar, fmt.states(grammar, tokens), jnp.broadcast_to(options[:, None, None], tokens.shape)
-    )
+    allowed = fmt.permitted(grammar, fmt.states(grammar, tokens), choices)
     logp = log_softmax(model.logits(hidden), allowed, temperature)
     chosen = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
     return jnp.where(mask, chosen, 0.0), jnp.where(mask, entropy(logp), 0.0)

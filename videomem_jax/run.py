@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import errno
 import importlib.metadata
 import json
 import logging
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 from ml_collections import config_dict
 
 from videomem_jax import grammar, report, settings
@@ -44,15 +47,40 @@ SAID = (
 
 def entry(main: Callable[[], None]) -> None:
     """Runs an entry's work; a user's mistake ends it with one sentence and exit code 2."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for name in ("absl", "jax"):  # what is no warning is not for this command's reader
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main()
     except SAID as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        what = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            what = "the disk is full; free some space and start the same command again, it goes on"
+        print(f"error: {where}{what}", file=sys.stderr)
         sys.exit(2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser of the command line, with a sentence for a key that the config has not."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError:  # what ml_collections raises for such a key
+        for name in (arg.lstrip("-").split("=")[0] for arg in argv):
+            inside = flags.FLAGS["config"].value
+            for part in name.split(".")[1:]:
+                if not isinstance(inside, config_dict.ConfigDict):
+                    break
+                if part not in inside:
+                    close = difflib.get_close_matches(part, inside, 1)
+                    keys = f"there are {', '.join(inside)}"
+                    hint = f"did you mean {close[0]}?" if close else keys
+                    print(f"error: {name} is not a key: {hint}", file=sys.stderr)
+                    sys.exit(2)
+                inside = inside[part]
+        raise
 
 
 def check_hardware(s: settings.Settings) -> None:
@@ -88,12 +116,14 @@ def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> p
     if file.exists():
         old = json.loads(file.read_text())
         key = _difference({k: v for k, v in old.items() if k != "eval"}, new)
-        if key:
+        if not key:
+            return path
+        # A run that stopped before its first step (a wrong path, say) is in nobody's way.
+        if (path / "metrics.jsonl").exists():
             raise ConfigError(
                 f"{path} holds a run with config.{key[0]}={key[1]!r}, not {key[2]!r}: choose "
                 f"another --workdir, or delete that one"
             )
-        return path
     if not fresh:
         raise ConfigError(f"{path} holds no run: run train.py with this --workdir first")
     path.mkdir(parents=True, exist_ok=True)
@@ -119,14 +149,17 @@ def make_data(s: settings.Settings) -> None:
     if s.data.task != "needle":
         return
     d, t = s.data, s.prompt.segments
-    splits = {
-        "train": needle.SplitSpec(d.train_videos, 6, t, "train", seed=1),
-        "test": needle.SplitSpec(d.test_videos, 4, t, "test", seed=3),
-    }
-    if d.test_long:
-        splits["test_long"] = needle.SplitSpec(
-            d.long_videos, 4, s.eval.long_segments, "test", seed=4
-        )
+    try:
+        splits = {
+            "train": needle.SplitSpec(d.train_videos, 6, t, "train", seed=1),
+            "test": needle.SplitSpec(d.test_videos, 4, t, "test", seed=3),
+        }
+        if d.test_long:
+            splits["test_long"] = needle.SplitSpec(
+                d.long_videos, 4, s.eval.long_segments, "test", seed=4
+            )
+    except ValueError as error:
+        raise ConfigError(f"config.data.task='needle' cannot be made as asked: {error}") from None
     needle.build(d.folder, splits)
     needle_chains.write_chains(
         s.data.folder,
@@ -136,13 +169,18 @@ def make_data(s: settings.Settings) -> None:
     )
 
 
-def read_records(s: settings.Settings, name: str) -> list[records.Record]:
-    """The good records of one of the config's files."""
+def read_records(s: settings.Settings, name: str, chains: bool = False) -> list[records.Record]:
+    """The good records of one of the config's files; with `chains`, some must have memories."""
     found, skipped = records.read_records(
         pathlib.Path(s.data.folder) / name, allow_outside=s.data.allow_outside
     )
     if skipped:
         print(f"{name}: {len(found)} records; {skipped.summary()}")
+    if chains and not any(record.memories for record in found):
+        raise records.RecordError(
+            f"{pathlib.Path(s.data.folder) / name}: no record has 'memories', which the cold start "
+            f"learns from: add them, or set --config.coldstart.steps=0"
+        )
     return found
 
 
@@ -153,6 +191,17 @@ class Loaded:
     model: Qwen3VL
     tokenizer: Tokenizer
     form: Format
+
+
+def check_weights(s: settings.Settings) -> None:
+    """ConfigError, at once, if the folder of weights that the config names is not one."""
+    folder = pathlib.Path(s.model.weights or BASE)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"config.model.weights={s.model.weights!r}: {folder / name} does not exist: give "
+                f"the folder of a Hugging Face model"
+            )
 
 
 def load(s: settings.Settings, folder: str | pathlib.Path | None = None, **placing) -> Loaded:
@@ -168,17 +217,19 @@ def load(s: settings.Settings, folder: str | pathlib.Path | None = None, **placi
     model = convert.load_pretrained(
         folder, dtype=jnp.dtype(s.model.dtype), remat=s.model.remat, **placing
     )
-    return Loaded(model, tokenizer, make_format(tokenizer, model, s.memory.slots))
+    return Loaded(model, tokenizer, make_format(tokenizer, model, s))
 
 
-def make_format(tokenizer: Tokenizer, model: Qwen3VL, slots: int, forced: bool = False) -> Format:
+def make_format(
+    tokenizer: Tokenizer, model: Qwen3VL, s: settings.Settings, forced: bool = False
+) -> Format:
     """The memory format for a model's vocabulary."""
     vocab = model.config.text.vocab_size
     if len(tokenizer) > vocab:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows"
         )
-    machine = grammar.build(tokenizer, vocab, slots, forced)
+    machine = grammar.build(tokenizer, vocab, s.memory.slots, s.prompt.answer_tokens, forced)
     return Format(machine, tokenizer.ids, turn_end(tokenizer))
 
 
@@ -223,6 +274,9 @@ def given_config(config: config_dict.ConfigDict | None) -> config_dict.ConfigDic
     """The config of the command line; ConfigError if there is none."""
     if config is None:
         raise ConfigError("--config is missing: give a file, such as --config=configs/demo.py")
+    if not isinstance(config, config_dict.ConfigDict):  # what is left where no file was found
+        name = flags.FLAGS["config"].config_filename
+        raise ConfigError(f"--config={name}: there is no such file, or it has no configuration")
     return config
 
 

@@ -29,10 +29,10 @@ class Data:
     """Where records come from and how they are read."""
 
     task: str = "records"  # "records": JSONL files in `folder`; "needle": generated into it
-    folder: str = "data"
+    folder: str = "data"  # of the records; videos are named relative to it
     train: str = "train.jsonl"  # PRPO's records
     coldstart: str = "coldstart.jsonl"  # records with chains of memory
-    test: str = "test.jsonl"
+    test: str = "test.jsonl"  # records that eval.py asks
     test_long: str = ""  # longer videos, evaluated with `eval.long_segments`; "" for none
     workers: int = 0  # processes that decode; 0 decodes in threads of this one
     threads: int = 4  # threads that decode where there are no workers
@@ -55,6 +55,9 @@ class Prompt:
     frames: int = 32  # frames sampled from a clip (F), even
     max_pixels: int = 128 * 32 * 32  # of a frame after resizing
     prefix_tokens: int = 3072  # room for question, options and clip
+    answer: str = "letter"  # how an option is answered: "letter", or "text", its own words
+    answer_tokens: int = 1  # room for an answer
+    options: int = 10  # most options that a question has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +72,20 @@ class Memory:
 class Optimizer:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6  # the peak
     warmup: int = 10  # steps
     final: float = 0.1  # learning rate at the end, as a share of the peak
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    weight_decay: float = 0.0  # share of a parameter taken away a step, times the learning rate
+    clip_norm: float = 1.0  # longest gradient that is not scaled down
 
 
 @dataclasses.dataclass(frozen=True)
 class Coldstart:
     """Supervised training on chains of memory."""
 
-    steps: int = 800
+    steps: int = 800  # 0 leaves this phase out
     batch: int = 32  # examples; each gives one sequence a segment
     accumulate: int = 1  # micro-batches a step
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
@@ -92,7 +95,7 @@ class Coldstart:
 class PRPO:
     """Progressive grouped relative policy optimisation. Defaults follow the paper where it says."""
 
-    steps: int = 1000  # rollouts
+    steps: int = 1000  # rollouts; 0 leaves this phase out
     batch: int = 16  # examples a rollout
     accumulate: int = 4  # micro-batches an update
     group_size: int = 8  # completions an example and step (G)
@@ -104,15 +107,15 @@ class PRPO:
     beta: float = 0.005  # cost of a memory token beyond the budget
     tau_0: float = 1.0  # temperature of the draw of the memory at first
     gamma: float = 0.995  # its decay an update
-    tau_min: float = 0.1
+    tau_min: float = 0.1  # its end
     temperature: float = 1.0  # of sampling
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = 0.2  # a ratio below 1 - clip_low gains nothing more
+    clip_high: float = 0.2  # nor one above 1 + clip_high
     kl_coef: float = 0.0  # weight of KL(policy || cold start); 0 keeps no reference in memory
-    entropy_coef: float = 0.0
+    entropy_coef: float = 0.0  # weight of an entropy bonus
     adv_norm: str = "std"  # "std" (GRPO) or "none" (Dr. GRPO)
     loss_agg: str = "seq"  # "seq" (GRPO), "token" (DAPO) or "constant" (Dr. GRPO)
-    updates_per_rollout: int = 1
+    updates_per_rollout: int = 1  # optimizer steps on the same completions
     optimizer: Optimizer = Optimizer()
 
 
@@ -120,7 +123,7 @@ class PRPO:
 class Eval:
     """Evaluation."""
 
-    batch: int = 32
+    batch: int = 32  # examples read together
     long_segments: int = 8  # segments of the videos in data.test_long
     limit: int = 0  # questions of each set; 0 for all
     timelines: int = 12  # in the report
@@ -130,9 +133,9 @@ class Eval:
 class Mesh:
     """Devices on each axis; -1 on one of them takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # splits the batch
+    fsdp: int = 1  # splits the batch and the parameters
+    tensor: int = 1  # splits heads and hidden dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Checkpoints:
     """Checkpoints of the whole state."""
 
     every: int = 50  # steps
-    keep: int = 2
+    keep: int = 2  # the newest of each phase that stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Settings:
 
     hardware: str = "any"  # what the run is meant for: any, tpu or gpu
     devices: int = 1  # how many of them it needs at least
-    seed: int = 0
+    seed: int = 0  # of the order of data and of all draws
     model: Model = Model()
     data: Data = Data()
     prompt: Prompt = Prompt()
@@ -213,12 +216,15 @@ def _check(s: Settings) -> None:
 
     one_of("hardware", s.hardware, "any", "tpu", "gpu")
     one_of("model.dtype", s.model.dtype, "float32", "bfloat16")
+    one_of("prompt.answer", s.prompt.answer, "letter", "text")
     one_of("data.task", s.data.task, "records", "needle")
     one_of("prpo.adv_norm", s.prpo.adv_norm, "std", "none")
     one_of("prpo.loss_agg", s.prpo.loss_agg, "seq", "token", "constant")
     for key, value in (
         ("prompt.segments", s.prompt.segments),
         ("prompt.prefix_tokens", s.prompt.prefix_tokens),
+        ("prompt.answer_tokens", s.prompt.answer_tokens),
+        ("prompt.options", s.prompt.options),
         ("memory.slots", s.memory.slots),
         ("coldstart.batch", s.coldstart.batch),
         ("coldstart.accumulate", s.coldstart.accumulate),
@@ -243,7 +249,9 @@ def _check(s: Settings) -> None:
     f = s.prompt.frames
     need(f >= 2 and f % 2 == 0, "prompt.frames", f, "an even number, since frames go in pairs")
     pixels = s.prompt.max_pixels
-    need(pixels >= 4 * 32 * 32, "prompt.max_pixels", pixels, "at least 4 tokens of 32*32 pixels")
+    tokens, rest = divmod(pixels, 32 * 32)
+    what = "a multiple of 32*32 (a token's pixels), at least 4 of them"
+    need(tokens >= 4 and not rest, "prompt.max_pixels", pixels, what)
     budget, g, k = s.memory.budget, s.prpo.group_size, s.prpo.paths
     need(0 <= budget <= s.memory.slots, "memory.budget", budget, f"0 to slots={s.memory.slots}")
     need(g >= 2, "prpo.group_size", g, "at least 2: an advantage is relative to a group")

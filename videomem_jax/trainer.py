@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
     prefix: Prefix
     features: VisionFeatures
-    options: Int[Array, "t n"]
+    choices: Int[Array, "t n o a"]
     before: mem.Memory
     tokens: Int[Array, "t n r c"]
     mask: Bool[Array, "t n r c"]
@@ -200,7 +200,10 @@ class Trainer:
                 by_segment(features.embeds),
                 jnp.repeat(jnp.moveaxis(features.deepstack, 2, 0), k, axis=2),
             ),
-            options=jnp.broadcast_to(jnp.repeat(batch.options, k), done.tokens.shape[:2]),
+            choices=jnp.broadcast_to(
+                jnp.repeat(batch.choices, k, axis=0),
+                (*done.tokens.shape[:2], *batch.choices.shape[1:]),
+            ),
             before=mem.Memory(
                 rearrange(steps.before.tokens, "t b k m -> t (b k) m"),
                 rearrange(steps.before.length, "t b k -> t (b k)"),
@@ -217,6 +220,7 @@ class Trainer:
         real = batch.real[:, None].astype(jnp.float32)
         real = real / jnp.maximum(real.sum() * parsed.length.shape[-1], 1.0)
         mean = lambda a: (a * real).sum((-1, -2))  # noqa: E731
+        flat = (judged.advantages == 0).all(-1, keepdims=True)
         over = parsed.length > self.settings.memory.budget
         metrics = {
             "reward": mean(judged.answer + judged.form + judged.length).mean(),
@@ -226,7 +230,7 @@ class Trainer:
             "format_rate": mean(parsed.well_formed).mean(),
             "memory_tokens": mean(parsed.length).mean(),
             "over_budget": mean(over).mean(),
-            "no_signal": (judged.advantages == 0).all(-1).mean(),
+            "no_signal": mean(jnp.broadcast_to(flat, judged.advantages.shape)).mean(),
             "tau": tau,
         }
         right = mean(judged.right)
@@ -243,7 +247,7 @@ class Trainer:
             model,
             self.form.grammar,
             context,
-            rows.options,
+            rows.choices,
             rows.tokens,
             rows.mask,
             temperature=self.settings.prpo.temperature,
@@ -298,14 +302,14 @@ class Trainer:
         parts = micro_batches(
             (
                 jax.tree.map(by_segment, (batch.prefix, batch.clip, before, tokens, learn)),
-                jnp.broadcast_to(batch.options, (tokens.shape[1], *batch.options.shape)),
+                jnp.broadcast_to(batch.choices, (tokens.shape[1], *batch.choices.shape)),
             ),
             self.settings.coldstart.accumulate,
         )
         count = jnp.maximum(learn.sum(), 1)
 
         def loss(trained, part):
-            (prefix, clip, memory, tokens, learn), options = part
+            (prefix, clip, memory, tokens, learn), choices = part
             model = self._merge(trained, frozen)
             memory = mem.Memory(memory.tokens[:, None], memory.length[:, None])
             context = mem.context(model, self.form, prefix, mem.see(model, clip), memory)
@@ -313,7 +317,7 @@ class Trainer:
                 model,
                 self.form.grammar,
                 context,
-                options,
+                choices,
                 tokens[:, None],
                 learn[:, None],
                 temperature=1.0,

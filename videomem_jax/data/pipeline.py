@@ -8,10 +8,11 @@ counted by cause and named; it never stops a run.
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -22,7 +23,7 @@ from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip
 from videomem_jax.data import video
 from videomem_jax.data.records import LETTERS, Record, RecordError
-from videomem_jax.prompt import PromptError, memory_ids, write_prefix
+from videomem_jax.prompt import PromptError, answers, memory_ids, write_prefix
 from videomem_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -92,18 +93,29 @@ class Loader:
         info = video.probe(record.video)
         height, width = video.smart_resize(info.height, info.width, max_pixels=sizes.max_pixels)
         grid = (height // 16, width // 16)
+        room = sizes.max_pixels // 256
+        if grid[0] * grid[1] > room:
+            raise video.VideoError(
+                f"{record.video}: frames of {info.width}x{info.height} pixels are too narrow for "
+                f"config.prompt.max_pixels={sizes.max_pixels}: raise it"
+            )
         times = self.times(record)
         frames = self._cache.read(record.video, times.reshape(-1), (height, width))
         if self.blind:
             frames = np.full_like(frames, 127)
         patches = video.patchify(frames).reshape(self.segments, sizes.frames // 2, -1, 1536)
-        room = sizes.max_pixels // 256
         patches = np.pad(patches, ((0, 0), (0, 0), (0, room - patches.shape[2]), (0, 0)))
         places = video.patch_positions(height, width)
         places = np.pad(places, ((0, room - len(places)), (0, 0)))
         prefixes = [
             write_prefix(
-                self.tokenizer, record.question, record.options, t, grid, sizes.prefix_tokens
+                self.tokenizer,
+                record.question,
+                record.options,
+                t,
+                grid,
+                sizes.prefix_tokens,
+                room=room // 4,
             )
             for t in times
         ]
@@ -113,7 +125,9 @@ class Loader:
             clip=Clip(patches, repeat(places), repeat(grid)),
             chain=self._chain(record),
             gold=np.int32(LETTERS.index(record.answer)),
-            options=np.int32(len(record.options)),
+            choices=answers(
+                self.tokenizer, record.options, sizes.answer, sizes.options, sizes.answer_tokens
+            ),
             record=np.int32(index),
             real=np.bool_(True),
         )
@@ -142,43 +156,47 @@ class Skips:
 
     def __init__(self):
         self.counts: collections.Counter[str] = collections.Counter()
-        self._named: set[str] = set()
-        self._in_a_row = 0
+        self._bad: set[int] = set()
 
-    def good(self) -> None:
-        """Notes a record that could be used."""
-        self._in_a_row = 0
-
-    def add(self, record: Record, error: Exception, of: int) -> None:
-        """Counts a record, and names it in the log the first time.
+    def usable(self, row: Batch | _Unusable, of: int) -> bool:
+        """Whether a row can be used; if not, its record is counted and named, the first time.
 
         Raises:
-          RecordError: when as many in a row as there are (`of`) could not be used: going on
+          RecordError: when all the records that there are (`of`) could not be used: going on
             would never end.
         """
-        self.counts[type(error).__name__] += 1
-        self._in_a_row += 1
-        if record.id not in self._named:
-            self._named.add(record.id)
-            _log.warning("record %s is skipped: %s", record.id, error)
-        if self._in_a_row >= of:
-            raise RecordError(f"none of the {of} records can be used; the last one: {error}")
+        if isinstance(row, Batch):
+            return True
+        if row.index not in self._bad:
+            self._bad.add(row.index)
+            self.counts[row.cause] += 1
+            _log.warning("record %s is skipped: %s", row.record, row.sentence)
+        if len(self._bad) == of:
+            raise RecordError(f"none of the {of} records can be used; the last one: {row.sentence}")
+        return False
+
+
+class _Unusable(NamedTuple):
+    """What stands in a row's place where the record cannot be used."""
+
+    index: int
+    record: str
+    cause: str
+    sentence: str
 
 
 class _Load(grain.transforms.Map):
-    """A row for a (number, record) pair, or None where the record cannot be used."""
+    """The row of a record's number."""
 
-    def __init__(self, loader: Loader, records: Sequence[Record], skips: Skips):
-        self.loader, self.records, self.skips = loader, records, skips
+    def __init__(self, loader: Loader, records: Sequence[Record]):
+        self.loader, self.records = loader, records
 
     def map(self, index):
+        record = self.records[index]
         try:
-            row = self.loader(index, self.records[index])
+            return self.loader(index, record)
         except ValueError as error:  # VideoError, PromptError and ConfigError among them
-            self.skips.add(self.records[index], error, len(self.records))
-            return None
-        self.skips.good()
-        return row
+            return _Unusable(int(index), record.id, type(error).__name__, str(error))
 
 
 def training_batches(
@@ -195,34 +213,32 @@ def training_batches(
     """
     shard, shards = jax.process_index(), jax.process_count()
     index = np.arange(len(records))[shard::shards]
+    workers, threads = settings.data.workers, settings.data.threads
+    ahead = -(-settings.data.prefetch * batch // max(workers, 1))
     data = (
         grain.MapDataset.source(index)
         .seed(seed)
         .shuffle()
         .repeat()
-        .map(_Load(loader, records, skips))
-        .to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=settings.data.threads,
-                prefetch_buffer_size=settings.data.prefetch * batch,
-            )
-        )
-        .filter(lambda row: row is not None)
-        .batch(batch // shards, drop_remainder=True, batch_fn=stack)
+        .map(_Load(loader, records))
+        .to_iter_dataset(grain.ReadOptions(threads, max(ahead, threads)))
     )
-    if settings.data.workers:
-        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.data.workers))
-    return iter(data)
+    if workers:
+        # Rows, not batches: the order is then that of no workers, and skips are counted here.
+        data = data.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    data = data.filter(functools.partial(skips.usable, of=len(index)))
+    return iter(data.batch(batch // shards, drop_remainder=True, batch_fn=stack))
 
 
 def evaluation_batches(
     records: Sequence[Record], loader: Loader, batch: int, skips: Skips, threads: int = 2
 ):
     """All records in order as batches; the last one is filled up with rows that are not `real`."""
-    data = grain.MapDataset.source(np.arange(len(records))).map(_Load(loader, records, skips))
+    data = grain.MapDataset.source(np.arange(len(records))).map(_Load(loader, records))
     rows: list[Batch] = []
-    for row in data.to_iter_dataset(grain.ReadOptions(num_threads=threads)):
-        if row is not None:
+    # By default grain would hold 500 rows, each of many megabytes.
+    for row in data.to_iter_dataset(grain.ReadOptions(threads, max(batch, threads))):
+        if skips.usable(row, len(records)):
             rows.append(row)
         if len(rows) == batch:
             yield stack(rows)

@@ -31,19 +31,40 @@ from videomem_jax.tokenizer import Tokenizer
 FRAMES, SIZE, GRID = 8, (64, 96), (4, 6)
 # Room for a prompt about two frames, a clip, a text; and for a reply.
 PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 120, 56, 14
-# A letter is one token of a reply of up to 13, and the hardest one.
-LETTER_WEIGHT = 4.0
+# An answer is one token of a reply of up to 13, and the hardest one.
+ANSWER_WEIGHT = 3.0
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stretch of training with an optimizer of its own.
+
+    steps: updates; the learning rate falls from `rate` as a cosine that would end at `horizon`.
+    frames: "pair" or "clip", what the exchanges with pixels show, and how many a step.
+    texts: exchanges about a text a step, a share `look_ups` of them look-ups.
+    """
+
+    steps: int
+    horizon: int
+    rate: float
+    frames: str
+    seen: int
+    texts: int
+    look_ups: float
+
+
+# First to recognise a card, then to follow a clip, then to look up what was read.
+PARTS = (
+    Part(1000, 2600, 2e-3, "pair", 48, 32, 0.0),
+    Part(250, 2600, 2e-3, "clip", 16, 24, 0.0),
+    Part(750, 1500, 1.5e-3, "clip", 16, 40, 0.25),
+    Part(800, 800, 1.5e-3, "clip", 20, 32, 0.15),
+)
 
 _OUT = flags.DEFINE_string("out", None, "folder of the base model", required=True)
 _DATA = flags.DEFINE_string("data", "runs/base", "folder for the generated videos")
 _VIDEOS = flags.DEFINE_integer("videos", 600, "videos to generate")
-_FIRST = flags.DEFINE_integer("first_steps", 1000, "steps on pairs of frames, and texts")
-_STEPS = flags.DEFINE_integer("steps", 2600, "all steps; after the first, on clips and texts")
-_PAIRS = flags.DEFINE_integer("pairs", 48, "captions of two frames in one of the first steps")
-_CLIPS = flags.DEFINE_integer("clips", 16, "exchanges about a clip in a later step")
-_TEXTS = flags.DEFINE_integer("texts", 32, "exchanges about a text in one of the first steps")
-_LATER_TEXTS = flags.DEFINE_integer("later_texts", 24, "exchanges about a text in a later step")
-_RATE = flags.DEFINE_float("learning_rate", 2e-3, "peak learning rate")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of weights, tasks and order")
 
 
@@ -91,7 +112,7 @@ def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int)
     long = write_prefix(tokenizer, task.question, task.options, times, GRID, 4 * size)
     used = int(long.mask.sum())
     tail = [*tokenizer.encode(task.tail), *turn_end(tokenizer)]
-    reply = tokenizer.encode((" " + task.reply) if task.reply[1:] else task.reply)
+    reply = tokenizer.encode(" " + task.reply) if task.reply else []
     reply = [*reply, tokenizer.ids.im_end]
     total = used + len(tail)
     if total > size or len(reply) > REPLY:
@@ -110,21 +131,21 @@ def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int)
         "position": np.int32(position[-1]),
         "reply": np.pad(np.array(reply, np.int32), (0, REPLY - len(reply))),
         "length": np.int32(len(reply)),
-        "letter": np.arange(REPLY) == (len(reply) - 2 if tasks.ANSWERS in task.tail else -1),
+        "answer": np.arange(REPLY) == (len(reply) - 2 if task.options else -1),
     }
 
 
-def draw(rng: np.random.Generator, tokenizer: Tokenizer, films: Films, first: bool):
+def draw(rng: np.random.Generator, tokenizer: Tokenizer, films: Films, part: Part):
     """One step's exchanges: with frames, and without."""
-    seen, patches = [], []
-    for _ in range(_PAIRS.value if first else _CLIPS.value):
-        pixels, times, shown = films.pair(rng) if first else films.clip(rng)
-        task = tasks.of_frames(shown) if first else tasks.with_clip(rng, shown)
-        seen.append(encode(tokenizer, task, times, PAIR_PREFIX if first else CLIP_PREFIX))
+    seen, patches, pairs = [], [], part.frames == "pair"
+    for _ in range(part.seen):
+        pixels, times, shown = films.pair(rng) if pairs else films.clip(rng)
+        task = tasks.of_frames(shown) if pairs else tasks.with_clip(rng, shown)
+        seen.append(encode(tokenizer, task, times, PAIR_PREFIX if pairs else CLIP_PREFIX))
         patches.append(pixels)
     read = [
-        encode(tokenizer, tasks.without_clip(rng), np.zeros((0,)), TEXT_PREFIX)
-        for _ in range(_TEXTS.value if first else _LATER_TEXTS.value)
+        encode(tokenizer, tasks.without_clip(rng, part.look_ups), np.zeros((0,)), TEXT_PREFIX)
+        for _ in range(part.texts)
     ]
     stack = lambda rows: {k: np.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731
     return stack(seen) | {"patches": np.stack(patches)}, stack(read)
@@ -157,20 +178,19 @@ def whole_replies(model: Qwen3VL, batch):
     return replies(model, batch)[1].all(-1).mean()
 
 
-def train_step(graph, transform, state, clip_batch, text_batch):
+def train_step(graph, transform, state, seen, read):
     """One update on both kinds of exchanges."""
     params, opt = state
 
     def loss(params):
-        model = nnx.merge(graph, params)
-        total = 0.0
-        for batch in (clip_batch, text_batch):
+        model, parts = nnx.merge(graph, params), []
+        for batch in (seen, read):
             nll, _, mask = replies(model, batch)
-            weight = mask * jnp.where(batch["letter"], LETTER_WEIGHT, 1.0)
-            total += (nll * weight).sum() / weight.sum()
-        return total
+            weight = mask * jnp.where(batch["answer"], ANSWER_WEIGHT, 1.0)
+            parts.append((nll * weight).sum() / weight.sum())
+        return sum(parts), jnp.stack(parts)
 
-    value, grads = jax.value_and_grad(loss)(params)
+    grads, value = jax.grad(loss, has_aux=True)(params)
     updates, opt = transform.update(grads, opt, params)
     return (optax.apply_updates(params, updates), opt), value
 
@@ -193,39 +213,45 @@ def main(_):
     model = Qwen3VL(config, rngs=nnx.Rngs(_SEED.value))
     print(f"{parameter_count(model):,} parameters")
     graph, params = nnx.split(model)
-    warmup = min(100, _STEPS.value // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, _RATE.value, warmup, _STEPS.value)
+    right = jax.jit(lambda params, batch: whole_replies(nnx.merge(graph, params), batch))
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    begin = 0
+    for part in PARTS:
+        params = train(part, begin, graph, params, right, films, tokenizer, out)
+        begin += part.steps
+
+
+def train(part: Part, begin: int, graph, params, right, films: Films, tokenizer, out):
+    """Trains for one part; returns the parameters, which are saved on the way."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, part.rate, 100, part.horizon)
     transform = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
     )
     step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
-    right = jax.jit(lambda params, batch: whole_replies(nnx.merge(graph, params), batch))
-    state = (params, transform.init(params))
-    losses = []
-    bar = trange(_STEPS.value, desc="base", unit="step")
+    state, losses = (params, transform.init(params)), []
     pool = concurrent.futures.ThreadPoolExecutor(1)
 
     def exchanges(i):
         rng = np.random.default_rng([_SEED.value, i])
-        return pool.submit(draw, rng, tokenizer, films, i < _FIRST.value)
+        return pool.submit(draw, rng, tokenizer, films, part)
 
-    coming = exchanges(0)
+    coming = exchanges(begin)
+    bar = trange(begin, begin + part.steps, desc=f"base, {part.frames}s", unit="step")
     for i in bar:
-        clip_batch, text_batch = coming.result()
+        seen, read = coming.result()
         coming = exchanges(i + 1)
-        state, loss = step(state, clip_batch, text_batch)
-        losses.append(float(loss))
-        if i % 50 == 49 or i == _STEPS.value - 1:
-            seen, read = float(right(state[0], clip_batch)), float(right(state[0], text_batch))
-            bar.write(
-                f"step {i + 1}: loss {np.mean(losses[-50:]):.3f}, whole replies right: "
-                f"clips {seen:.1%}, texts {read:.1%} ({time.time() - started:.0f} s)"
-            )
-        if i % 250 == 249 or i == _STEPS.value - 1:
-            out = pathlib.Path(_OUT.value)
-            out.mkdir(parents=True, exist_ok=True)
+        state, loss = step(state, seen, read)
+        losses.append(jax.device_get(loss))
+        last = i == begin + part.steps - 1
+        if i % 50 == 49 or last:
+            whole = [float(right(state[0], batch)) for batch in (seen, read)]
+            parts = ", ".join(f"{x:.3f}" for x in np.mean(losses[-50:], axis=0))
+            bar.write(f"step {i + 1}: losses {parts}; whole replies right {whole}")
+        if i % 250 == 249 or last:
             convert.save_pretrained(nnx.merge(graph, state[0]), out)
             tokenizer.save(out)
+    return state[0]
 
 
 if __name__ == "__main__":

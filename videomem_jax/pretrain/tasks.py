@@ -21,8 +21,6 @@ CONTINUE = "Continue."
 ANSWER = "Answer."
 TELL_AND_ANSWER = "Continue and answer."
 NAME = "Name."
-# What the ends of those prompts share whose reply ends with a letter.
-ANSWERS = "nswer."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ def draw_cards(rng: np.random.Generator, count: int, without: Cards = ()) -> lis
 
 
 def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], str, str] | None:
-    """A question that these cards answer: question, options, letter, the card asked for.
+    """A question that these cards answer: question, options, the right one, the card asked for.
 
     None if there is no card to ask for.
     """
@@ -69,7 +67,7 @@ def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], s
         if number > 4:
             return None
         name = text([card for card in cards if card[0] == colour])
-        return f"How many {colour} cards were there?", tuple("1234"), LETTERS[number - 1], name
+        return f"How many {colour} cards were there?", tuple("1234"), str(number), name
     if kind == "colour":
         gold = int(rng.choice(alone))
         question = f"Which picture was on the {colours[gold]} card?"
@@ -91,7 +89,7 @@ def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], s
     rng.shuffle(options)
     place = int(rng.integers(0, 4))
     options.insert(place, cards[gold][1])
-    return question, tuple(options), LETTERS[place], text([cards[gold]])
+    return question, tuple(options), cards[gold][1], text([cards[gold]])
 
 
 def of_frames(shown: Cards) -> Task:
@@ -110,32 +108,45 @@ def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
     asked = ask(rng, whole)
     if kind < 0.2 or asked is None:
         return of_frames(shown)
-    question, options, letter, name = asked
+    question, options, answer, name = asked
     if kind < 0.4:
         return Task(question, options, before + CONTINUE, text(whole))
     if kind < 0.9:
-        return Task(question, options, before + TELL_AND_ANSWER, f"{text(whole)}\n{letter}")
+        return Task(question, options, before + TELL_AND_ANSWER, f"{text(whole)}\n {answer}")
     if kind < 0.97:
         return Task(question, (), before + NAME, name)
-    return Task(question, options, before + ANSWER, letter)
+    return Task(question, options, before + ANSWER, answer)
 
 
-def without_clip(rng: np.random.Generator) -> Task:
-    """An exchange about a text alone."""
+def look_up(rng: np.random.Generator) -> Task:
+    """Several look-ups in one exchange: the pictures of colours.
+
+    A single answer says little about how it is found; four in a row say a lot.
+    """
+    cards = draw_cards(rng, 4)
+    colours = rng.permutation(list(needle_video.COLOURS))[:4]
+    cards = [(str(colour), picture) for colour, (_, picture) in zip(colours, cards, strict=True)]
+    order = rng.permutation(4)
+    wanted = " ".join(cards[i][0] for i in order)
+    tail = f"Notes: {text(cards)}\nName {wanted}."
+    return Task("", (), tail, " ".join(cards[i][1] for i in order))
+
+
+def without_clip(rng: np.random.Generator, look_ups: float = 0.0) -> Task:
+    """An exchange about a text alone; a share `look_ups` of them are those of `look_up`."""
+    if rng.random() < look_ups:
+        return look_up(rng)
     cards = draw_cards(rng, int(rng.integers(1, 6)))
     asked = ask(rng, cards)
     while asked is None:
         asked = ask(rng, cards)
-    question, options, letter, name = asked
+    question, options, answer, name = asked
     before = f"Notes: {text(cards)}\n"
     kind = rng.random()
-    if kind < 0.3:
-        place = int(rng.integers(len(options)))
-        return Task(f"Which option is the {options[place]}?", options, ANSWER, LETTERS[place])
-    if kind < 0.6:
-        return Task(question, options, before + TELL_AND_ANSWER, f"{text(cards)}\n{letter}")
-    if kind < 0.85:
-        return Task(question, options, before + ANSWER, letter)
+    if kind < 0.5:
+        return Task(question, options, before + TELL_AND_ANSWER, f"{text(cards)}\n {answer}")
+    if kind < 0.8:
+        return Task(question, options, before + ANSWER, answer)
     return Task(question, options if rng.random() < 0.5 else (), before + NAME, name)
 
 

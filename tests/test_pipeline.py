@@ -1,0 +1,423 @@
+"""From records to batches: shapes, order, positions, and records that cannot be used."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import pickle
+import time
+from collections import Counter
+from fractions import Fraction
+
+import av
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from videomem_jax import settings as cfg
+from videomem_jax.batch import Batch, Chain, Clip, Prefix
+from videomem_jax.data import needle, pipeline, records, video
+from videomem_jax.data.records import Record, RecordError
+from videomem_jax.data.video import VideoError
+from videomem_jax.models.config import ConfigError, VisionConfig
+from videomem_jax.models.decoder import place
+from videomem_jax.models.vision import VisionTower
+from videomem_jax.prompt import PromptError
+
+SEGMENTS, FRAMES, SLOTS, PREFIX, TOKENS = 4, 8, 60, 420, 6
+
+
+def sizes(**data) -> cfg.Settings:
+    return cfg.Settings(
+        data=dataclasses.replace(cfg.Data(threads=2, prefetch=1, cache_mb=64), **data),
+        prompt=cfg.Prompt(SEGMENTS, FRAMES, TOKENS * 32 * 32, PREFIX),
+        memory=cfg.Memory(slots=SLOTS, budget=20),
+    )
+
+
+def prompts(**changes) -> cfg.Settings:
+    return dataclasses.replace(sizes(), prompt=dataclasses.replace(sizes().prompt, **changes))
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """Two videos of the embedded task with two questions each."""
+    folder = tmp_path_factory.mktemp("needle")
+    needle.build(folder, {"train": needle.SplitSpec(2, 2, SEGMENTS, "train", 7)}, progress=False)
+    return records.read_records(folder / "train.jsonl")[0]
+
+
+def write_video(path, height, width, seconds=16, fps=2):
+    """A video whose colour says the time."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for i in range(seconds * fps):
+            pixels = np.full((height, width, 3), 40 + 5 * i, np.uint8)
+            pixels[: height // 2, : width // 2] = 255 - 5 * i
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def ask(path, name="q", **fields):
+    """A record about a video."""
+    fields = {"options": ("cat", "boat", "red"), "answer": "B"} | fields
+    return Record(id=name, video=str(path), question="which picture was on the red card?", **fields)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda a: (np.shape(a), np.asarray(a).dtype), tree)
+
+
+# --- one record ---
+
+
+def test_a_row_has_the_shapes_of_the_contract(tokenizer, film):
+    t, q = SEGMENTS, TOKENS * 4
+    row = pipeline.Loader(tokenizer, sizes(), t)(5, film[0])
+    i, u, b = np.dtype(np.int32), np.dtype(np.uint8), np.dtype(bool)
+    assert shapes(row) == Batch(
+        prefix=Prefix(
+            ((t, PREFIX), i), ((t, 3, PREFIX), i), ((t, PREFIX), b), ((t, PREFIX), i), ((t,), i)
+        ),
+        clip=Clip(((t, FRAMES // 2, q, 1536), u), ((t, q, 2), i), ((t, 2), i)),
+        chain=Chain(((t, SLOTS), i), ((t,), i), ((t,), i)),
+        gold=((), i),
+        choices=((10, 1), i),
+        record=((), i),
+        real=((), b),
+    )
+
+
+def test_a_row_says_what_the_record_says(tokenizer, film):
+    record = film[0]
+    row = pipeline.Loader(tokenizer, sizes(), SEGMENTS)(5, record)
+    assert (row.record, bool(row.real)) == (5, True)
+    assert record.options[row.gold] == record.options["ABCD".index(record.answer)]
+    # 128x192 becomes 64x96 pixels: 4 by 6 patches.
+    np.testing.assert_array_equal(row.clip.grid, [[4, 6]] * SEGMENTS)
+    times = video.sample_times(record.video, SEGMENTS, FRAMES, record.start, record.end)
+    for t in range(SEGMENTS):
+        frames = video.read_frames(record.video, times[t], (64, 96))
+        np.testing.assert_array_equal(row.clip.patches[t], video.patchify(frames))
+        text = tokenizer.decode(row.prefix.tokens[t][row.prefix.mask[t]])
+        stamps = "".join(f"<{pair.mean():.1f} seconds>" for pair in times[t].reshape(-1, 2))
+        options = "".join(f"{x}. {o}\n" for x, o in zip("ABCD", record.options, strict=True))
+        assert text == f"user\n{record.question}\n{options}{stamps}"
+        # Every merged block of every pair has its token.
+        slot = row.prefix.slot[t]
+        assert slot[slot >= 0].tolist() == list(range(TOKENS * FRAMES // 2))
+        assert (slot[~row.prefix.mask[t]] == -1).all()
+    np.testing.assert_array_equal(row.chain.length, [-1] * SEGMENTS)
+    np.testing.assert_array_equal(row.chain.answer, [-1] * SEGMENTS)
+
+
+def test_chains(tokenizer, film):
+    load = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
+    memories = ("red cat", "", "red cat blue boat", "blue boat")
+    record = dataclasses.replace(film[0], memories=memories, answers=("B", "A", "D", "C"))
+    chain = load(0, record).chain
+    assert chain.answer.tolist() == [1, 0, 3, 2] and chain.length[1] == 0
+    for tokens, length, text in zip(chain.memory, chain.length, memories, strict=True):
+        assert tokenizer.decode(tokens[:length]) == text
+        assert (tokens[length:] == tokenizer.ids.pad).all()
+    # Without provisional answers the right one is taught, at the end.
+    chain = load(0, dataclasses.replace(record, answers=None)).chain
+    assert chain.answer.tolist() == [-1, -1, -1, "ABCD".index(record.answer)]
+    with pytest.raises(PromptError, match="has 2 memories, but the run has 4 segments"):
+        load(0, dataclasses.replace(record, memories=memories[:2], answers=None))
+    with pytest.raises(ConfigError, match="config.memory.slots=60"):
+        load(0, dataclasses.replace(record, memories=("x y " * 40, *memories[1:])))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Videos of other shapes."""
+    folder = tmp_path_factory.mktemp("odd")
+    names = {"wide": (128, 192), "tall": (192, 96), "square": (128, 128), "ribbon": (32, 640)}
+    return {name: write_video(folder / f"{name}.mp4", *size) for name, size in names.items()}
+
+
+def test_one_shape_for_every_aspect_ratio(tokenizer, odd):
+    load = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
+    rows = {name: load(0, ask(odd[name])) for name in ("wide", "tall", "square")}
+    assert shapes(rows["wide"]) == shapes(rows["tall"]) == shapes(rows["square"])
+    grids = {name: tuple(row.clip.grid[0].tolist()) for name, row in rows.items()}
+    assert grids == {"wide": (4, 6), "tall": (6, 2), "square": (4, 4)}
+    for name, (h, w) in grids.items():
+        assert not rows[name].clip.patches[:, :, h * w :].any()
+        assert rows[name].clip.patches[:, :, : h * w].any((0, 1, 3)).all()
+
+
+def test_padded_patches_change_nothing(tokenizer, odd, hasty):
+    """What stands at a prompt's tokens is the same with more room for patches than there are."""
+    vision = VisionConfig(1, 16, 24, 2, 32, 16, deepstack_visual_indexes=(0,))
+    graph, state = nnx.split(nnx.eval_shape(lambda: VisionTower(vision, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape, np.float32), state)
+
+    @functools.partial(jax.jit, compiler_options=hasty)
+    def at_tokens(state, clip, slot):
+        features = nnx.merge(graph, state)(*clip)
+        return place(features.embeds, slot), place(features.deepstack[0], slot)
+
+    seen = {}
+    for room in (4, 6):
+        s = prompts(max_pixels=room * 1024)
+        row = pipeline.Loader(tokenizer, s, SEGMENTS)(0, ask(odd["square"]))
+        slot = row.prefix.slot
+        assert row.clip.patches.shape[2] == 4 * room
+        assert (slot >= 0).sum() == SEGMENTS * FRAMES // 2 * 4
+        seen[room] = [np.asarray(a) for a in at_tokens(state, row.clip, slot)]
+    for exact, padded in zip(seen[4], seen[6], strict=True):
+        np.testing.assert_allclose(exact, padded, atol=1e-5)
+        # The case says something: features differ from pair to pair.
+        assert exact[0, slot[0] >= 0].std(0).max() > 1e-3
+
+
+def test_a_video_too_narrow_for_the_budget(tokenizer, odd):
+    load = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
+    with pytest.raises(VideoError, match=r"640x32 pixels .*config.prompt.max_pixels=6144"):
+        load(0, ask(odd["ribbon"]))
+
+
+def test_a_blind_loader_shows_nothing(tokenizer, film):
+    seeing = [pipeline.Loader(tokenizer, sizes(), SEGMENTS)(i, film[i]) for i in (0, 3)]
+    blind = [pipeline.Loader(tokenizer, sizes(), SEGMENTS, blind=True)(i, film[i]) for i in (0, 3)]
+    for row, with_eyes in zip(blind, seeing, strict=True):
+        assert (row.clip.patches == 127).all() and with_eyes.clip.patches.std() > 10
+        assert_same(row.prefix, with_eyes.prefix)
+        assert_same(row.clip[1:], with_eyes.clip[1:])
+    assert film[0].video != film[3].video
+
+
+def test_choices(tokenizer, film):
+    """An option's letter or its own words, padded; and what there is no room for."""
+    load = lambda **keys: pipeline.Loader(tokenizer, prompts(**keys), SEGMENTS)(0, film[0])  # noqa: E731
+    letters = load(options=6).choices
+    assert letters.tolist() == [[i] for i in tokenizer.ids.letters[:4]] + [[-1]] * 2
+    texts = load(answer="text", answer_tokens=12, options=4).choices
+    assert texts.shape == (4, 12)
+    for row, option in zip(texts, film[0].options, strict=True):
+        assert tokenizer.decode(row[row >= 0]) == option
+        assert (np.diff((row >= 0).astype(int)) <= 0).all()
+    with pytest.raises(PromptError, match=r"4 options are more than config.prompt.options=3"):
+        load(options=3)
+    with pytest.raises(PromptError, match=r"more than config.prompt.answer_tokens=1"):
+        load(answer="text", answer_tokens=1)
+
+
+# --- decoded frames that are kept ---
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the calls of the decoder, which gives frames of 1 MB in all."""
+    calls = []
+
+    def read_frames(path, times, size):
+        calls.append(path)
+        return np.full((4, 512, 512), len(calls), np.uint8)
+
+    monkeypatch.setattr(video, "read_frames", read_frames)
+    return calls
+
+
+def test_frames_are_decoded_once(decoded):
+    cache, times = pipeline.FrameCache(8), np.array([1.0, 2.0])
+    first = cache.read("a", times, (8, 8))
+    assert cache.read("a", times, (8, 8)) is first and decoded == ["a"]
+    cache.read("a", times + 1, (8, 8))
+    cache.read("a", times, (8, 16))
+    assert len(decoded) == 3
+
+
+def test_the_cache_is_bounded_and_the_oldest_goes(decoded):
+    cache, times = pipeline.FrameCache(3), np.array([1.0])
+    for name in ("a", "b", "c", "a", "d"):  # "a" is used again: "b" is the oldest
+        cache.read(name, times, (8, 8))
+        assert cache._used == sum(a.nbytes for a in cache._kept.values()) <= 3 * 2**20
+    assert decoded == ["a", "b", "c", "d"]
+    cache.read("a", times, (8, 8))
+    assert len(decoded) == 4
+    cache.read("b", times, (8, 8))
+    assert decoded[-1] == "b"
+
+
+def test_a_cache_without_room_keeps_nothing(decoded):
+    cache = pipeline.FrameCache(0)
+    for _ in range(2):
+        cache.read("a", np.array([1.0]), (8, 8))
+    assert len(decoded) == 2 and not cache._kept and cache._used == 0
+
+
+def test_a_cache_travels_empty(decoded):
+    cache = pipeline.FrameCache(3)
+    cache.read("a", np.array([1.0]), (8, 8))
+    other = pickle.loads(pickle.dumps(cache))
+    assert not other._kept and other._room == cache._room
+    other.read("a", np.array([1.0]), (8, 8))
+    assert len(decoded) == 2
+
+
+# --- many records ---
+
+
+class Tells:
+    """In place of a Loader: a row that tells which record it is of, without decoding."""
+
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+
+    def __call__(self, index, record):
+        if record.id in self.bad:
+            raise VideoError(f"{record.video}: cannot be read.")
+        row = np.int32(index)
+        return Batch(*[np.full((2,), index, np.int32)] * 3, row, row, row, np.bool_(True))
+
+
+def many(n):
+    return [ask(f"{i}.mp4", str(i)) for i in range(n)]
+
+
+def stream(n, batch, seed=0, bad=(), skips=None, **data):
+    """A training iterator over n records."""
+    skips = skips or pipeline.Skips()
+    return pipeline.training_batches(many(n), Tells(bad), sizes(**data), batch, seed, skips)
+
+
+def take(batches, count):
+    return [batch.record.tolist() for batch in itertools.islice(batches, count)]
+
+
+def test_an_epoch_has_every_record_once_in_another_order():
+    got = take(stream(12, 4), 9)
+    epochs = [sum(got[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
+    assert take(stream(12, 4), 9) == got
+    assert take(stream(12, 4, seed=1), 9) != got
+    # However many threads there are.
+    assert take(stream(12, 4, threads=8, prefetch=5), 9) == got
+
+
+def test_fewer_records_than_a_batch():
+    counts = Counter(sum(take(stream(3, 8), 3), []))
+    assert counts == {0: 8, 1: 8, 2: 8}
+
+
+@pytest.mark.parametrize("bad", [(), ("3", "8")])
+def test_an_iterator_goes_on_where_it_was(bad):
+    """Exactly, in the middle of an epoch, through JSON as in a checkpoint."""
+    whole = take(stream(10, 4, bad=bad), 9)
+    for at in (0, 1, 4, 7):
+        first = stream(10, 4, bad=bad)
+        assert take(first, at) == whole[:at]
+        position = json.loads(json.dumps(first.get_state()))
+        again = stream(10, 4, bad=bad)
+        again.set_state(position)
+        assert take(again, 9 - at) == whole[at:]
+        # Asking for the position changes nothing.
+        assert take(first, 9 - at) == whole[at:]
+
+
+def test_bad_records_are_left_out_counted_and_named_once(caplog):
+    skips = pipeline.Skips()
+    with caplog.at_level(logging.WARNING):
+        got = take(stream(6, 4, bad=("1", "4"), skips=skips), 10)
+    assert Counter(sum(got, [])) == dict.fromkeys((0, 2, 3, 5), 10)
+    assert skips.counts == {"VideoError": 2}
+    named = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
+    assert sorted(named) == [f"record {i} is skipped: {i}.mp4: cannot be read." for i in (1, 4)]
+
+
+def test_one_good_record_is_enough():
+    """However the bad ones of two epochs stand together."""
+    bad = [str(i) for i in range(8) if i != 5]
+    assert take(stream(8, 2, bad=bad), 10) == [[5, 5]] * 10
+
+
+def test_no_good_record_is_an_error_and_no_hang():
+    began = time.monotonic()
+    for n in (1, 5):
+        bad = [str(i) for i in range(n)]
+        with pytest.raises(RecordError, match=f"none of the {n} records can be used; .* read"):
+            next(stream(n, 4, bad=bad))
+        with pytest.raises(RecordError, match=f"none of the {n} records"):
+            list(pipeline.evaluation_batches(many(n), Tells(bad), 4, pipeline.Skips()))
+    assert time.monotonic() - began < 20
+
+
+def test_other_errors_are_not_swallowed(monkeypatch):
+    def fail(self, index, record):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Tells, "__call__", fail)
+    with pytest.raises(KeyError, match="a bug"):
+        next(stream(4, 2))
+
+
+def test_processes_share_the_records(monkeypatch):
+    """Each reads its own ones, and its part of the batch."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parts = []
+    for i in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        parts.append(take(stream(12, 4), 6))
+    assert all(len(batch) == 2 for part in parts for batch in part)
+    for epoch in (slice(0, 3), slice(3, 6)):
+        mine, others = (sum(part[epoch], []) for part in parts)
+        assert not set(mine) & set(others)
+        assert sorted(mine + others) == list(range(12))
+
+
+def test_a_process_with_bad_records_only_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(RecordError, match="none of the 4 records"):
+        next(stream(8, 4, bad=("1", "3", "5", "7")))
+
+
+def test_evaluation_reads_all_in_order_and_fills_up():
+    skips = pipeline.Skips()
+    got = list(pipeline.evaluation_batches(many(10), Tells(("2", "6")), 3, skips))
+    assert [batch.record.shape for batch in got] == [(3,)] * 3
+    real = [batch.record[batch.real].tolist() for batch in got]
+    assert real == [[0, 1, 3], [4, 5, 7], [8, 9]]
+    assert skips.counts == {"VideoError": 2}
+    exact = list(pipeline.evaluation_batches(many(6), Tells(), 3, pipeline.Skips()))
+    assert len(exact) == 2 and all(batch.real.all() for batch in exact)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(tokenizer, film, tmp_path, caplog):
+    """The same order, skips counted here, and a position to go on from."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    mixed = [*film, ask(broken, "broken")]
+    got, counts = {}, {}
+    for workers in (0, 2):
+        s, skips = sizes(workers=workers), pipeline.Skips()
+        loader = pipeline.Loader(tokenizer, s, SEGMENTS)
+        batches = pipeline.training_batches(mixed, loader, s, 3, 0, skips)
+        first = list(itertools.islice(batches, 2))
+        position = json.loads(json.dumps(batches.get_state()))
+        got[workers] = first + list(itertools.islice(batches, 2))
+        counts[workers] = skips.counts
+        again = pipeline.training_batches(mixed, loader, s, 3, 0, pipeline.Skips())
+        again.set_state(position)
+        assert_same(list(itertools.islice(again, 2)), got[workers][2:])
+        batches.close()
+        again.close()
+    assert_same(got[0], got[2])
+    assert counts[0] == counts[2] == {"VideoError": 1}

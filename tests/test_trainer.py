@@ -1,0 +1,470 @@
+"""The steps of training: on one device and on eight, with shared prompts, in parts, resumed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from videomem_jax import memory, prpo, sharding
+from videomem_jax import settings as cfg
+from videomem_jax.batch import Chain
+from videomem_jax.checkpoint import Checkpoints
+from videomem_jax.models.vision import VisionFeatures
+from videomem_jax.trainer import Trainer, optimizer
+
+EXAMPLES, SEGMENTS, SLOTS, GROUP = 8, 2, 4, 4
+ONE, EIGHT, MIXED = (1, 1, 1), (8, 1, 1), (2, 2, 2)
+
+BASE = cfg.Settings(
+    memory=cfg.Memory(slots=SLOTS, budget=1),
+    prompt=cfg.Prompt(segments=SEGMENTS),
+    coldstart=cfg.Coldstart(
+        steps=8, batch=EXAMPLES, optimizer=cfg.Optimizer(learning_rate=1e-2, warmup=1)
+    ),
+    prpo=cfg.PRPO(
+        steps=8,
+        batch=EXAMPLES,
+        group_size=GROUP,
+        accumulate=1,
+        beta=0.1,
+        temperature=4.0,
+        # Not clipped, so that the optimizer's first moment shows the gradient.
+        optimizer=cfg.Optimizer(learning_rate=1e-2, warmup=1, clip_norm=1e9),
+    ),
+)
+GRPO = {"psp": False, "tcr": False}
+
+
+def with_prpo(**changes) -> cfg.Settings:
+    return dataclasses.replace(BASE, prpo=dataclasses.replace(BASE.prpo, **changes))
+
+
+@pytest.fixture(scope="module")
+def trainer_of(tiny, form_of, hasty):
+    """Trainers of a mesh, phase and settings, made once; hastily compiled."""
+    form = form_of("loose", SLOTS)
+
+    @functools.cache
+    def make(mesh=ONE, phase="prpo", settings=BASE) -> Trainer:
+        count = int(np.prod(mesh))
+        if jax.device_count() < count:
+            pytest.skip(f"{count} devices are needed")
+        devices = sharding.make_mesh(cfg.Mesh(*mesh), jax.devices()[:count])
+        # A copy: a step may take the place of what it was given.
+        model = nnx.merge(tiny.graph, jax.tree.map(jnp.copy, tiny.state))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=hasty))
+            return Trainer(model, form, settings, devices, phase)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def batch(batch_of, tokenizer):
+    """Random examples with chains of memory."""
+    rng, made = np.random.default_rng(5), batch_of(EXAMPLES, SEGMENTS, SLOTS)
+    words = np.array(tokenizer.encode("xyz"))
+    length = rng.integers(-1, SLOTS + 1, (EXAMPLES, SEGMENTS)).astype(np.int32)
+    text = words[rng.integers(0, 3, (EXAMPLES, SEGMENTS, SLOTS))].astype(np.int32)
+    pad = np.arange(SLOTS) >= length[..., None]
+    return made._replace(
+        chain=Chain(
+            np.where(pad, np.int32(tokenizer.ids.pad), text),
+            length,
+            rng.integers(-1, 2, (EXAMPLES, SEGMENTS)).astype(np.int32),
+        )
+    )
+
+
+def fresh(trainer):
+    """The first state, in buffers that a step may take."""
+    return jax.tree.map(jnp.copy, trainer.first)
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def roll(trainer, state, batch, seed=3):
+    """One rollout, and its metrics."""
+    key = jax.random.key(seed)
+    rows, seen = trainer.rollout_step(state.trained, trainer.frozen, batch, key, state.step)
+    return rows, host(seen)
+
+
+def update(trainer, rows, times=1):
+    """The state after some updates from the first, and the metrics of each."""
+    state, said = fresh(trainer), []
+    for _ in range(times):
+        state, values = trainer.update_step(state, trainer.frozen, trainer.reference, rows)
+        said.append(host(values))
+    return state, said
+
+
+def gradient(state):
+    """Of the first update, from the optimizer's first moment."""
+    adam = next(s for s in jax.tree.leaves(state.opt, is_leaf=is_adam) if is_adam(s))
+    return host(jax.tree.map(lambda m: m / (1 - BASE.prpo.optimizer.b1), adam.mu))
+
+
+def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def assert_close(a, b, tolerance=1e-5):
+    """Of every array, relative to its largest number where that is above 1."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
+    ):
+        atol = tolerance * max(1.0, np.abs(y).max())
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def rolled(trainer_of, batch):
+    """One rollout on one device, with a prompt a group."""
+    trainer = trainer_of()
+    return roll(trainer, trainer.first, batch)
+
+
+@pytest.fixture(scope="module")
+def read(tokenizer, batch):
+    """What a completion of an example says, token by token: (memory, answer), None if malformed."""
+    ids, letters = tokenizer.ids, tokenizer.ids.letters
+
+    def say(tokens, example):
+        tokens = [int(token) for token in tokens]
+        if ids.im_end not in tokens or tokens[0] != ids.memory_open:
+            return None
+        tokens = tokens[1 : tokens.index(ids.im_end)]
+        if ids.memory_close not in tokens:
+            return None
+        at = tokens.index(ids.memory_close)
+        opened, *answer, closed = tokens[at + 1 :] if len(tokens) == at + 4 else (0, 0, 0)
+        if (opened, closed) != (ids.answer_open, ids.answer_close):
+            return None
+        allowed = [a for a in batch.choices[example, :, 0].tolist() if a >= 0]
+        return (tokens[:at], letters.index(answer[0])) if answer[0] in allowed else None
+
+    return say
+
+
+# --- several devices ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [BASE, with_prpo(**GRPO)], ids=["prpo", "grpo"])
+@pytest.mark.parametrize("mesh", [EIGHT, MIXED], ids=["data8", "data2_fsdp2_tensor2"])
+def test_a_step_on_eight_devices_is_the_step_on_one(trainer_of, batch, mesh, settings):
+    got = {}
+    for sizes in (ONE, mesh):
+        trainer = trainer_of(sizes, settings=settings)
+        rows, seen = roll(trainer, trainer.first, batch)
+        state, said = update(trainer, rows, times=3)
+        got[sizes] = host(rows), seen, said, host(state.step)
+    (rows, seen, said, step), (others, also, too, other) = got[ONE], got[mesh]
+    np.testing.assert_array_equal(rows.tokens, others.tokens)
+    assert_close(others._replace(features=None), rows._replace(features=None))
+    assert_close(also, seen)
+    assert_close(too, said)
+    assert step == other == 3
+    # The case says something: completions differ in worth, and updates do something.
+    assert 0.1 < seen["format_rate"] < 0.9 and abs(said[0]["loss"] - said[2]["loss"]) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [EIGHT, MIXED], ids=["data8", "data2_fsdp2_tensor2"])
+def test_a_supervised_step_on_eight_devices_is_the_step_on_one(trainer_of, batch, mesh):
+    got = []
+    for sizes in (ONE, mesh):
+        trainer = trainer_of(sizes, "coldstart")
+        state, said = fresh(trainer), []
+        for _ in range(3):
+            state, values = trainer.supervised_step(state, trainer.frozen, batch)
+            said.append(host(values))
+        got.append(said)
+    assert_close(got[1], got[0])
+    assert got[0][2]["loss"] < got[0][0]["loss"] - 0.01
+
+
+def test_parameters_lie_on_all_axes(trainer_of):
+    trainer = trainer_of(MIXED)
+    found = set()
+    for part in (trainer.first.trained, trainer.frozen):
+        for leaf in jax.tree.leaves(part):
+            found |= {axis for axis in leaf.sharding.spec if axis}
+    assert found == {"fsdp", "tensor"}
+    # The optimizer's moments lie with their parameters.
+    for moment in jax.tree.leaves(trainer.first.opt, is_leaf=is_adam):
+        if is_adam(moment):
+            places = jax.tree.map(lambda a: a.sharding, (moment.mu, moment.nu))
+            expected = jax.tree.map(lambda a: a.sharding, trainer.first.trained)
+            assert places == (expected, expected)
+
+
+# --- the rollout ---
+
+
+def test_sampling_and_scoring_agree(trainer_of, rolled):
+    rows, _ = rolled
+    _, said = update(trainer_of(), rows)
+    assert said[0]["logprob_gap"] <= 1e-4
+    assert said[0]["clip_fraction"] == 0
+
+
+def test_metrics_of_a_rollout(rolled, batch, read, trainer_of):
+    """Against what the completions say when they are read one by one."""
+    rows, seen = host(rolled[0]), rolled[1]
+    tokens = np.where(rows.mask, rows.tokens, 0)
+    said = {place: read(tokens[place], place[1]) for place in np.ndindex(SEGMENTS, EXAMPLES, GROUP)}
+    lengths = [len(s[0]) if s else 0 for s in said.values()]
+    right = {p: int(bool(s) and s[1] == batch.gold[p[1]]) for p, s in said.items()}
+    assert seen["format_rate"] == pytest.approx(np.mean([bool(s) for s in said.values()]))
+    assert seen["memory_tokens"] == pytest.approx(np.mean(lengths))
+    assert seen["over_budget"] == pytest.approx(np.mean([n > 1 for n in lengths]))
+    for t in range(SEGMENTS):
+        share = np.mean([good for place, good in right.items() if place[0] == t])
+        assert seen[f"accuracy/segment_{t + 1}"] == pytest.approx(share)
+    reward = {
+        place: right[place] + bool(s) - 0.1 * max(0, (len(s[0]) if s else 0) - 1)
+        for place, s in said.items()
+    }
+    assert seen["reward"] == pytest.approx(np.mean(list(reward.values())), abs=1e-6)
+    parts = seen["reward/answer"] + seen["reward/form"] + seen["reward/length"]
+    assert seen["reward"] == pytest.approx(parts, abs=1e-6)
+    assert seen["tau"] == 1.0
+    # Advantages are over the group of a step; malformed completions count too.
+    of_group = np.array(list(reward.values()), np.float32).reshape(SEGMENTS, EXAMPLES, GROUP)
+    expected = host(prpo.group_advantages(jnp.array(of_group)))
+    np.testing.assert_allclose(rows.advantages, expected, atol=1e-4)
+    assert seen["no_signal"] == pytest.approx((expected == 0).all(-1).mean())
+
+
+def test_the_memory_handed_on_is_one_of_the_group(rolled, read, tokenizer):
+    """PSP: one for all of a group, of a well-formed completion if there is any."""
+    rows = host(rolled[0])
+    assert rows.before.tokens.shape == (SEGMENTS, EXAMPLES, SLOTS)
+    assert not rows.before.length[0].any()
+    tokens = np.where(rows.mask, rows.tokens, 0)
+    for b in range(EXAMPLES):
+        said = [read(row, b) for row in tokens[0, b]]
+        candidates = [s[0] for s in said if s] or [[]]
+        assert rows.before.tokens[1, b][: rows.before.length[1, b]].tolist() in candidates
+
+
+def test_grpo_is_the_same_code_with_two_flags(trainer_of, batch, read):
+    """G unbroken trajectories, each credited with its end."""
+    trainer = trainer_of(settings=with_prpo(**GRPO))
+    rows, seen = roll(trainer, trainer.first, batch)
+    rows = host(rows)
+    assert rows.tokens.shape[:3] == (SEGMENTS, EXAMPLES * GROUP, 1)
+    np.testing.assert_array_equal(rows.advantages, rows.advantages[[-1] * SEGMENTS])
+    assert rows.advantages.any()
+    tokens = np.where(rows.mask, rows.tokens, 0)
+    reward = np.zeros((EXAMPLES, GROUP), np.float32)
+    for i in range(EXAMPLES * GROUP):
+        first, last = (read(tokens[t, i, 0], i // GROUP) for t in range(SEGMENTS))
+        carried = rows.before.tokens[1, i][: rows.before.length[1, i]].tolist()
+        assert carried == (first[0] if first else [])
+        if last:
+            right = int(last[1] == batch.gold[i // GROUP])
+            reward[i // GROUP, i % GROUP] = right + 1 - 0.1 * max(0, len(last[0]) - 1)
+    expected = host(prpo.group_advantages(jnp.array(reward)))
+    np.testing.assert_allclose(rows.advantages[-1].reshape(EXAMPLES, GROUP), expected, atol=1e-4)
+    assert seen["reward/answer"] <= seen[f"accuracy/segment_{SEGMENTS}"] / SEGMENTS + 1e-6
+
+
+def test_temperature_anneals_with_the_updates(trainer_of):
+    tau = [float(trainer_of().tau(jnp.int32(i))) for i in (0, 1, 100, 10_000)]
+    assert tau == pytest.approx([1.0, 0.995, 0.995**100, 0.1], rel=1e-5)
+
+
+# --- the update ---
+
+
+def apart(rows):
+    """The completions of a shared prompt as prompts of their own."""
+    spread = lambda a: jnp.repeat(a, GROUP, axis=1)  # noqa: E731
+    alone = lambda a: a.reshape(SEGMENTS, EXAMPLES * GROUP, 1, *a.shape[3:])  # noqa: E731
+    return rows._replace(
+        prefix=jax.tree.map(spread, rows.prefix),
+        features=VisionFeatures(
+            spread(rows.features.embeds), jnp.repeat(rows.features.deepstack, GROUP, axis=2)
+        ),
+        choices=spread(rows.choices),
+        before=memory.Memory(spread(rows.before.tokens), spread(rows.before.length)),
+        tokens=alone(rows.tokens),
+        mask=alone(rows.mask),
+        weights=alone(rows.weights),
+        old=alone(rows.old),
+        advantages=alone(rows.advantages),
+    )
+
+
+@pytest.mark.slow
+def test_a_shared_prompt_is_separate_prompts(trainer_of, rolled):
+    rows, _ = rolled
+    assert np.asarray(rows.before.length[1]).any()
+    shared, said = update(trainer_of(), rows)
+    separate, also = update(trainer_of(), apart(rows))
+    assert_close(also, said)
+    assert_close(gradient(separate), gradient(shared))
+    assert max(np.abs(g).max() for g in jax.tree.leaves(gradient(shared))) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [SEGMENTS, 2 * SEGMENTS])
+def test_micro_batches_are_one_batch(trainer_of, rolled, parts):
+    whole, said = update(trainer_of(), rolled[0])
+    state, also = update(trainer_of(settings=with_prpo(accumulate=parts)), rolled[0])
+    assert_close(also, said)
+    assert_close(gradient(state), gradient(whole))
+
+
+@pytest.mark.slow
+def test_kl_to_the_reference(trainer_of, rolled):
+    """Nothing at the start, more after an update, and the reference stays."""
+    trainer = trainer_of(settings=with_prpo(kl_coef=0.5))
+    before = host(trainer.reference)
+    _, said = update(trainer, rolled[0], times=4)
+    assert abs(said[0]["kl"]) < 1e-6
+    assert said[2]["kl"] > 1e-5 and said[3]["kl"] > said[2]["kl"] / 10
+    assert_same(trainer.reference, before)
+    assert trainer_of().reference is None
+    # Where nothing has moved yet the penalty takes nothing.
+    assert said[0]["loss"] == pytest.approx(float(update(trainer_of(), rolled[0])[1][0]["loss"]))
+
+
+def test_the_first_rate_is_zero_then_the_peak():
+    settings = cfg.Optimizer(learning_rate=0.5, warmup=1, final=0.1, clip_norm=1e9)
+    transform = optimizer(settings, 4)
+    state, sizes = transform.init(jnp.zeros(1)), []
+    for _ in range(5):
+        step, state = transform.update(jnp.ones(1), state, jnp.zeros(1))
+        sizes.append(float(-step[0]))
+    assert sizes[0] == 0 and sizes[1] == pytest.approx(0.5, rel=1e-4)
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[4] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_vision_tower_is_frozen(trainer_of, rolled, tiny):
+    trainer = trainer_of()
+    assert "visual" not in trainer.first.trained and set(trainer.frozen) == {"visual"}
+    state, _ = update(trainer, rolled[0], times=2)
+    model = nnx.state(trainer.model(state))
+    assert_same(model["visual"], tiny.state["visual"])
+    moved = jax.tree.map(
+        lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()),
+        model["language_model"],
+        tiny.state["language_model"],
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.slow
+def test_the_vision_tower_is_trained_on_request(trainer_of, batch, tiny):
+    settings = dataclasses.replace(BASE, model=cfg.Model(train_vision=True))
+    trainer = trainer_of(phase="coldstart", settings=settings)
+    assert not jax.tree.leaves(trainer.frozen)
+    state = fresh(trainer)
+    for _ in range(2):
+        state, _ = trainer.supervised_step(state, trainer.frozen, batch)
+    got = nnx.state(trainer.model(state))["visual"]
+    for path, leaf in jax.tree_util.tree_flatten_with_path(got)[0]:
+        first = tiny.state["visual"]
+        for key in path:
+            first = first[key.key] if hasattr(key, "key") else getattr(first, key.name)
+        assert (np.asarray(leaf) != np.asarray(first)).any(), jax.tree_util.keystr(path)
+    # PRPO reuses the features of the rollout: the tower stays as it is.
+    assert "visual" not in trainer_of(settings=settings).first.trained
+
+
+def scrambled(batch, unreal):
+    """The batch with other contents in the rows that only fill it up."""
+    rng = np.random.default_rng(9)
+    patches = batch.clip.patches.copy()
+    patches[unreal] = rng.integers(0, 255, patches[unreal].shape)
+    tokens, length = batch.chain.memory.copy(), batch.chain.length.copy()
+    tokens[unreal], length[unreal] = tokens[unreal][::-1], SLOTS
+    gold = batch.gold.copy()
+    gold[unreal] = 1 - gold[unreal]
+    return batch._replace(
+        clip=batch.clip._replace(patches=patches),
+        chain=batch.chain._replace(memory=tokens, length=length),
+        gold=gold,
+    )
+
+
+def test_rows_that_fill_up_contribute_nothing(trainer_of, batch):
+    real = np.arange(EXAMPLES) % 3 > 0
+    filled = batch._replace(real=real)
+    got = []
+    for each in (filled, scrambled(filled, ~real)):
+        trainer = trainer_of()
+        rows, seen = roll(trainer, trainer.first, each)
+        assert not np.asarray(rows.weights)[:, ~real].any()
+        state, said = update(trainer, rows)
+        got.append((seen, said, gradient(state)))
+    assert_close(got[1], got[0], 1e-6)
+    alone, _ = roll(trainer_of(), trainer_of().first, batch)
+    np.testing.assert_array_equal(
+        np.asarray(rows.tokens)[:, real], np.asarray(alone.tokens)[:, real]
+    )
+
+
+def test_rows_that_fill_up_teach_nothing(trainer_of, batch):
+    real = np.arange(EXAMPLES) % 3 > 0
+    filled = batch._replace(real=real)
+    trainer, got = trainer_of(phase="coldstart"), []
+    for each in (filled, scrambled(filled, ~real), batch):
+        state, said = trainer.supervised_step(fresh(trainer), trainer.frozen, each)
+        got.append((host(said), gradient(state)))
+    assert_close(got[1], got[0], 1e-6)
+    assert abs(got[2][0]["loss"] - got[0][0]["loss"]) > 1e-4
+
+
+# --- going on ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ONE, MIXED], ids=["one", "eight"])
+def test_a_restored_state_goes_on_exactly(trainer_of, batch, tmp_path, mesh):
+    """2 steps, a checkpoint, 2 steps: the 4 steps without it, bit for bit."""
+    trainer = trainer_of(mesh)
+
+    def steps(state, begin, end):
+        said = []
+        for i in range(begin, end):
+            rows, seen = roll(trainer, state, batch, seed=i)
+            state, values = trainer.update_step(state, trainer.frozen, trainer.reference, rows)
+            said.append(host((seen, values)))
+        return state, said
+
+    whole, expected = steps(fresh(trainer), 0, 4)
+    half, _ = steps(fresh(trainer), 0, 2)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(2, half, {})
+    # The next step takes the buffers that are being written.
+    steps(half, 2, 3)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, 1)
+    step, restored, _ = again.restore(trainer.first)
+    again.close()
+    assert step == 2 and jax.tree.structure(restored) == jax.tree.structure(trainer.first)
+    places = jax.tree.map(lambda a: a.sharding, (restored, trainer.first))
+    assert places[0] == places[1]
+    final, said = steps(restored, 2, 4)
+    assert_same(said, expected[2:])
+    assert_same(final, whole)
+    assert int(final.step) == 4 and float(said[1][0]["tau"]) == pytest.approx(0.995**3)
