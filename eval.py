@@ -43,7 +43,9 @@ def evaluate_run(config, workdir_flag: str) -> None:
     jobs = [(name, name, records, s.prompt.segments, False) for name in loaded]
     jobs.append(("blind", best, records, s.prompt.segments, True))
     if s.data.test_long:
-        jobs.append((f"{best}_{s.eval.long_segments}_segments", best, long, s.eval.long_segments, False))
+        jobs.append(
+            (f"{best}_{s.eval.long_segments}_segments", best, long, s.eval.long_segments, False)
+        )
     items, skipped = {}, {}
     for name, model, test, segments, blind in jobs:
         items[name], skips = evaluate.run(
@@ -84,7 +86,9 @@ def summarise(items, skipped, workdir, watch) -> dict:
     log = workdir / "metrics.jsonl"
     rows = [r for r in metrics.read(log) if r["phase"] == "prpo"] if log.exists() else []
     clock = watch.seconds
-    seconds = {k: round(clock.get(k, 0.0), 1) for k in ("data", "coldstart", "prpo", "eval", "compile")}
+    seconds = {
+        k: round(clock.get(k, 0.0), 1) for k in ("data", "coldstart", "prpo", "eval", "compile")
+    }
     seconds["total"] = round(clock.get("train", 0.0) + clock.get("eval", 0.0), 1)
     return {
         "accuracy": shares,

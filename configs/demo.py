@@ -1,7 +1,7 @@
 """The main job on a laptop: a tiny Qwen3-VL learns to remember a film. About ten minutes.
 
-    python train.py --config=configs/demo.py --workdir=runs/demo
-    python eval.py --config=configs/demo.py --workdir=runs/demo
+python train.py --config=configs/demo.py --workdir=runs/demo
+python eval.py --config=configs/demo.py --workdir=runs/demo
 """
 
 from videomem_jax import settings

@@ -12,18 +12,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from flax import nnx  # noqa: E402
+import jax
+import numpy as np
+import pytest
+from flax import nnx
 
-from videomem_jax import grammar as fmt  # noqa: E402
-from videomem_jax.batch import Batch, Chain, Clip, Prefix  # noqa: E402
-from videomem_jax.memory import Format  # noqa: E402
-from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig  # noqa: E402
-from videomem_jax.models.qwen3_vl import abstract  # noqa: E402
-from videomem_jax.prompt import turn_end, write_prefix  # noqa: E402
-from videomem_jax.tokenizer import Tokenizer  # noqa: E402
+from videomem_jax import grammar as fmt
+from videomem_jax.batch import Batch, Chain, Clip, Prefix
+from videomem_jax.memory import Format
+from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
+from videomem_jax.models.qwen3_vl import abstract
+from videomem_jax.prompt import turn_end, write_prefix
+from videomem_jax.tokenizer import Tokenizer
 
 QWEN = pathlib.Path(__file__).parents[2] / "shared" / "tokenizer" / "qwen3"
 LINES = (
@@ -161,13 +161,15 @@ def form_of(tokenizer):
     that about half are well-formed; all text is made of three words, so that memories end early.
     """
 
-    def make(kind: str, slots: int) -> Format:
+    def make(kind: str, slots: int, room: int = 1) -> Format:
         ids, words = tokenizer.ids, tokenizer.encode("xyz")
-        built = fmt.build(tokenizer, VOCAB, slots, forced=kind == "forced")
+        built = fmt.build(tokenizer, VOCAB, slots, room, forced=kind == "forced")
         if kind == "loose":
-            allowed = np.array(fmt.build(tokenizer, VOCAB, slots, forced=True).allowed)
-            for state in (fmt.State.START, fmt.State.REMEMBERED, fmt.State.ANSWERED):
+            allowed = np.array(fmt.build(tokenizer, VOCAB, slots, room, forced=True).allowed)
+            for state in (fmt.State.START, fmt.State.REMEMBERED, fmt.State.FULL_ANSWER):
                 allowed[state, words[0]] = True
+            allowed[fmt.State.ANSWER] = False
+            allowed[fmt.State.ANSWER, list(ids.letters[:4])] = True
             allowed[fmt.State.MEMORY] = False
             allowed[fmt.State.MEMORY, [*words, ids.memory_close]] = True
             allowed[fmt.State.BROKEN] = False
@@ -217,27 +219,30 @@ def batch_of(tokenizer, clip_of):
     return make
 
 
-def slow_parse(tokens, ids, text, slots):
+def slow_parse(tokens, ids, text, slots, choices):
     """What a completion says, without a state machine: (memory, answer), or None if malformed.
 
-    `text` marks the ids of ordinary text.
+    `text` marks the ids of ordinary text; `choices` are lists of ids, padded with -1.
     """
     tokens = [int(token) for token in tokens]
+    choices = [[int(i) for i in choice if i >= 0] for choice in choices]
     if ids.im_end not in tokens:
         return None
     tokens = tokens[: tokens.index(ids.im_end)]
-    if len(tokens) < 5 or tokens[0] != ids.memory_open:
+    if tokens[:1] != [ids.memory_open] or ids.memory_close not in tokens:
         return None
-    *memory, close, opened, letter, closed = tokens[1:]
-    if (close, opened, closed) != (ids.memory_close, ids.answer_open, ids.answer_close):
+    close = tokens.index(ids.memory_close)
+    memory, told = tokens[1:close], tokens[close + 1 :]
+    if len(memory) > slots or not all(text[i] for i in memory):
         return None
-    if letter not in ids.letters or len(memory) > slots or not all(text[i] for i in memory):
+    if told[:1] != [ids.answer_open] or told[-1:] != [ids.answer_close]:
         return None
-    return memory, ids.letters.index(letter)
+    answer = told[1:-1]
+    return (memory, choices.index(answer)) if answer and answer in choices else None
 
 
 @pytest.fixture(scope="session")
 def parse_slowly(tokenizer):
-    """The reference of the parser for the tiny tokenizer: `(tokens, slots) -> (memory, answer)`."""
+    """The reference of the parser: `(tokens, slots, choices) -> (memory, answer)`, or None."""
     text = tokenizer.text_mask(VOCAB)
-    return lambda tokens, slots: slow_parse(tokens, tokenizer.ids, text, slots)
+    return lambda tokens, slots, choices: slow_parse(tokens, tokenizer.ids, text, slots, choices)

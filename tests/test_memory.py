@@ -59,7 +59,7 @@ def run_plainly(tiny, form, batch, features, key, sampling, choose):
         completions, parsed = step(
             at(batch.prefix, ALL, t),
             VisionFeatures(features.embeds[:, t], features.deepstack[:, :, t]),
-            *(before, batch.options, draw),
+            *(before, batch.choices, draw),
         )
         chosen, extra = chooses(parsed, t, choice)
         yield memory.Steps(before, completions, parsed, extra)
@@ -106,14 +106,14 @@ def test_loop_is_a_plain_loop_of_steps(tiny, form_of, film, looped, paths):
 
 
 @pytest.mark.parametrize("paths", [1, 2, GROUP])
-def test_group_counts_path_by_path(looped, parse_slowly, paths):
+def test_group_counts_path_by_path(looped, film, parse_slowly, paths):
     """[t, b*k, r] and [t, b, g] are the same completions in the same order."""
     steps = looped(paths)
     out = steps.completions
     tokens = np.where(out.mask, out.tokens, 0).reshape(SEGMENTS, 2, GROUP, -1)
     for place in np.ndindex(SEGMENTS, 2, GROUP):
         parsed = at(steps.parsed, *place)
-        said = parse_slowly(tokens[place], SLOTS)
+        said = parse_slowly(tokens[place], SLOTS, film[0].choices[place[1]])
         assert bool(parsed.well_formed) == (said is not None)
         if said:
             assert (parsed.memory[: parsed.length].tolist(), int(parsed.answer)) == said
@@ -128,7 +128,7 @@ def test_each_segment_and_path_has_its_own_draws(looped):
 def test_each_path_is_read_by_itself(tiny, form_of, film, tokenizer, each=24):
     """Completions of k memories of b examples, against every one of the prompts alone."""
     form, (batch, features) = form_of("forced", SLOTS), film
-    words = np.array(tokenizer.encode("abcdefghijklmnopqrst"), np.int32).reshape(2, 2, SLOTS)
+    words = np.array(tokenizer.encode("bdfhjklmnpqtuvwxz.,!"), np.int32).reshape(2, 2, SLOTS)
     before = Memory(words, np.array([[0, 4], [SLOTS, 2]], np.int32))
     prefix, seen = (
         at(batch.prefix, ALL, 1),
@@ -136,13 +136,13 @@ def test_each_path_is_read_by_itself(tiny, form_of, film, tokenizer, each=24):
     )
     sampling = Sampling(2 * each, 2, 4.0, False)
     step = tiny.jit(lambda model, *args: memory.step(model, form, *args, sampling))
-    out, parsed = step(prefix, seen, before, batch.options, jax.random.key(0))
+    out, parsed = step(prefix, seen, before, batch.choices, jax.random.key(0))
     answers = np.asarray(parsed.answer).reshape(2, 2, each)
 
     @tiny.jit
-    def score(model, prefix, features, before, options, tokens, mask):
+    def score(model, prefix, features, before, choices, tokens, mask):
         context = memory.context(model, form, prefix, features, before)
-        return rollout.score(model, form.grammar, context, options, tokens, mask, temperature=4.0)[
+        return rollout.score(model, form.grammar, context, choices, tokens, mask, temperature=4.0)[
             0
         ]
 
@@ -151,10 +151,10 @@ def test_each_path_is_read_by_itself(tiny, form_of, film, tokenizer, each=24):
         alone = VisionFeatures(seen.embeds[one], seen.deepstack[:, one])
         memories = at(before, one, slice(j, j + 1))
         drawn = out.tokens[row][None], out.mask[row][None]
-        got = score(at(prefix, one), alone, memories, batch.options[one], *drawn)
+        got = score(at(prefix, one), alone, memories, batch.choices[one], *drawn)
         expected = np.where(out.mask[row], out.logprobs[row], 0)
         np.testing.assert_allclose(got[0], expected, atol=1e-4)
-        assert set(answers[i, j].tolist()) == set(range(batch.options[i]))
+        assert set(answers[i, j].tolist()) == set(range(2 + i))
 
 
 def test_seeing_all_clips_is_seeing_each(tiny, film):
@@ -211,29 +211,41 @@ def test_the_choice_of_evaluation():
     assert chosen.shape == (3, 1) and not chosen.any() and extra == ()
 
 
+# The options of each example; those that only fill a batch up have none.
+ROOM, CHOICES = 2, [["x", "y", "zy"], ["yx", "xz", "y"], ["", "", ""]]
+
+
 @pytest.fixture(scope="module")
 def chains(batch_of, form_of, tokenizer):
-    """Two examples and one that only fills the batch up.
+    """Two examples and one that only fills the batch up; options are answered by their text.
 
-    The first: memories "x", "", "xyzxy" with answers 0, none, 3. The second: none, "yz", "z" with
-    answers 2, 1, none.
+    The first: memories "x", "", "xyzxy" with answers "x", none, "zy". The second: none, "yz", "z"
+    with answers "y", "xz", none.
     """
-    form, words = form_of("free", SLOTS), dict(zip("xyz", tokenizer.encode("xyz"), strict=True))
+    form, words = (
+        form_of("free", SLOTS, ROOM),
+        dict(zip("xyz", tokenizer.encode("xyz"), strict=True)),
+    )
     texts = [["x", "", "xyzxy"], ["", "yz", "z"], ["x", "y", "z"]]
     pad = form.ids.pad
     tokens = [[[words[w] for w in m] + [pad] * (SLOTS - len(m)) for m in row] for row in texts]
     chain = Chain(
         memory=np.array(tokens, np.int32),
         length=np.array([[1, 0, 5], [-1, 2, 1], [1, 1, 1]], np.int32),
-        answer=np.array([[0, -1, 3], [2, 1, -1], [0, 0, 0]], np.int32),
+        answer=np.array([[0, -1, 2], [2, 1, -1], [0, 0, 0]], np.int32),
     )
-    batch = batch_of(3, 3, SLOTS)._replace(chain=chain, real=np.array([True, True, False]))
+    choices = [[[words[w] for w in c] + [-1] * (ROOM - len(c)) for c in row] for row in CHOICES]
+    batch = batch_of(3, 3, SLOTS)._replace(
+        chain=chain,
+        choices=np.array(choices, np.int32),
+        real=np.array([True, True, False]),
+    )
     supervised = jax.jit(lambda batch: memory.supervised(batch, form))
-    return words, form, jax.tree.map(np.asarray, supervised(batch))
+    return batch, words, form, jax.tree.map(np.asarray, supervised(batch))
 
 
 def test_supervised_memories_before(chains):
-    words, form, (before, _, _) = chains
+    _, words, form, (before, _, _) = chains
     expected = [["", "x", ""], ["", "", "yz"]]
     for place in np.ndindex(2, 3):
         row = [words[w] for w in expected[place[0]][place[1]]]
@@ -242,34 +254,33 @@ def test_supervised_memories_before(chains):
 
 
 def test_supervised_targets(chains):
-    words, form, (_, tokens, learn) = chains
+    _, words, form, (_, tokens, learn) = chains
     ids = form.ids
     signs = {"[": ids.memory_open, "]": ids.memory_close, "(": ids.answer_open}
     signs |= {")": ids.answer_close, ".": ids.im_end} | words
-    signs |= dict(zip("ABCD", ids.letters, strict=False))
     # What is written ("_": not to be learnt, so that anything may stand there).
-    expected = [["[x](A).", "[](_).", "[xyzxy](D)."], ["", "[yz](B).", "[z](_)."], ["", "", ""]]
-    assert tokens.shape == learn.shape == (3, 3, SLOTS + fmt.OVERHEAD)
+    expected = [["[x](x).", "[](_).", "[xyzxy](zy)."], ["", "[yz](xz).", "[z](__)."], [""] * 3]
+    size = SLOTS + ROOM + fmt.TAGS
+    assert tokens.shape == learn.shape == (3, 3, size)
     for place in np.ndindex(3, 3):
         text = expected[place[0]][place[1]]
-        assert learn[place].tolist() == [
-            i < len(text) and text[i] != "_" for i in range(SLOTS + fmt.OVERHEAD)
-        ]
+        assert learn[place].tolist() == [i < len(text) and text[i] != "_" for i in range(size)]
         got = tokens[place][learn[place]].tolist()
         assert got == [signs[sign] for sign in text if sign != "_"]
 
 
 def test_supervised_targets_are_well_formed(chains):
-    """What is taught is what the parser takes: also where a letter is not to be learnt."""
-    words, form, (_, tokens, _) = chains
+    """What is taught is what the parser takes: also where an answer is not to be learnt."""
+    batch, words, form, (_, tokens, _) = chains
 
     @jax.jit
     def parse(tokens):
         final = fmt.states(form.grammar, jnp.pad(tokens, ((0, 0), (0, 0), (0, 1))))[..., -1]
-        return fmt.parse(form.grammar, tokens, final, form.ids.pad)
+        choices = jnp.broadcast_to(batch.choices[:, None], (3, 3, *batch.choices.shape[1:]))
+        return fmt.parse(form.grammar, tokens, final, choices, form.ids.pad)
 
-    parsed = parse(tokens)
+    parsed = at(parse(tokens), slice(2))
     assert parsed.well_formed.all()
-    np.testing.assert_array_equal(parsed.length, [[1, 0, 5], [0, 2, 1], [1, 1, 1]])
-    np.testing.assert_array_equal(parsed.answer, [[0, 0, 3], [2, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(parsed.length, [[1, 0, 5], [0, 2, 1]])
+    np.testing.assert_array_equal(parsed.answer, [[0, 0, 2], [2, 1, 0]])
     assert parsed.memory[1, 1, :2].tolist() == [words["y"], words["z"]]

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from videomem_jax import grammar as fmt
 from videomem_jax import rollout
 from videomem_jax.models.config import ConfigError
 from videomem_jax.prompt import (
     Prompt,
     PromptError,
+    answers,
     assemble,
     memory_ids,
     turn_end,
@@ -125,6 +125,28 @@ def test_more_options_than_letters(tokenizer):
         write(tokenizer, options=["x"] * 11, size=300)
 
 
+def test_answers_by_letter(tokenizer):
+    got = answers(tokenizer, OPTIONS, "letter", 5, 2)
+    a, b, c = tokenizer.ids.letters[:3]
+    np.testing.assert_array_equal(got, [[a, -1], [b, -1], [c, -1], [-1, -1], [-1, -1]])
+
+
+def test_answers_by_text(tokenizer):
+    """As words in the middle of a text, as in a memory."""
+    ids = [tokenizer.encode(" " + option) for option in OPTIONS]
+    room = max(map(len, ids))
+    got = answers(tokenizer, OPTIONS, "text", 4, room)
+    assert got.tolist() == [row + [-1] * (room - len(row)) for row in [*ids, []]]
+    longest = max(OPTIONS, key=lambda option: len(tokenizer.encode(" " + option)))
+    sentence = (
+        f"'{longest}' has {room} tokens, more than config.prompt.answer_tokens={room - 1}: raise"
+    )
+    with pytest.raises(PromptError, match=sentence):
+        answers(tokenizer, [longest], "text", 4, room - 1)
+    with pytest.raises(PromptError, match="3 options are more than config.prompt.options=2"):
+        answers(tokenizer, OPTIONS, "text", 2, room)
+
+
 def test_memory_ids(tokenizer):
     ids = memory_ids(tokenizer, "the cat", 20)
     assert ids.dtype == np.int32 and ids.tolist() == tokenizer.encode(" the cat")
@@ -176,12 +198,12 @@ def test_padding_changes_nothing(tokenizer, tiny, clip_of, form_of, rows):
     prefix, memory = rows
     clip = clip_of(GRIDS, 2, pad=ROOM * 4 - 16)
     grammar = form.grammar.replace(allowed=jnp.ones_like(form.grammar.allowed))
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 2, SLOTS + fmt.OVERHEAD))
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 2, form.grammar.size))
 
     def score(model, prompt, clip, tokens):
         context = rollout.read(model, prompt, model.see(*clip))
-        options, mask = jnp.full(len(tokens), 3), jnp.ones(tokens.shape, bool)
-        return rollout.score(model, grammar, context, options, tokens, mask, temperature=1.0)
+        choices, mask = jnp.full((len(tokens), 1, 1), -1), jnp.ones(tokens.shape, bool)
+        return rollout.score(model, grammar, context, choices, tokens, mask, temperature=1.0)
 
     def padded(model, prefix, memory, *args):
         prompt = assemble(prefix, memory, jnp.array(LENGTHS), ids.memory_open, after)

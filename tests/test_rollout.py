@@ -13,7 +13,7 @@ from videomem_jax.grammar import State
 
 SLOTS, COUNT, VOCAB = 8, 100, 320
 TEMPERATURE = 4.0  # high enough that all that may be drawn is drawn
-SIZE = SLOTS + fmt.OVERHEAD
+SIZE = SLOTS + 1 + fmt.TAGS
 KINDS = ("free", "forced", "loose")
 
 
@@ -41,10 +41,10 @@ def draw(tiny, form_of, opening):
     def run(model, batch, before, grammar, key):
         context = read(model, form, batch, before)
         out = rollout.sample(
-            *(model, grammar, context, batch.options, key), count=COUNT, temperature=TEMPERATURE
+            *(model, grammar, context, batch.choices, key), count=COUNT, temperature=TEMPERATURE
         )
         again = rollout.score(
-            *(model, grammar, context, batch.options, out.tokens, out.mask),
+            *(model, grammar, context, batch.choices, out.tokens, out.mask),
             temperature=TEMPERATURE,
         )
         return out, again
@@ -104,19 +104,26 @@ def test_the_loop_stops_with_the_last_completion(draw, form_of, tokenizer):
         assert not out.tokens[..., last:].any() and not out.logprobs[..., last:].any()
         np.testing.assert_allclose(logprobs, np.where(out.mask, out.logprobs, 0), atol=1e-4)
         got.append(last)
-    assert got[0] == fmt.OVERHEAD < got[1]
+    assert got[0] == 1 + fmt.TAGS < got[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_are_what_the_completions_say(drawn, parse_slowly, opening, kind):
+def test_states_are_what_the_completions_say(drawn, parse_slowly, opening, tokenizer, kind):
+    """Ended in the format, with whatever letter; when forced, with an option's."""
     out, _ = drawn(kind)
     tokens = np.where(out.mask, out.tokens, 0)
-    said = [[parse_slowly(row, SLOTS) for row in rows] for rows in tokens]
-    good = np.array([[s is not None for s in rows] for rows in said])
-    np.testing.assert_array_equal(out.state == State.DONE, good)
-    assert good.all() == (kind == "forced") and good.any() == (kind != "free")
+    letters = [[[letter] for letter in tokenizer.ids.letters]] * 2
+    for choices, done in ((letters, "format"), (opening[0].choices, "choice")):
+        said = [
+            [parse_slowly(row, SLOTS, table) for row in rows]
+            for rows, table in zip(tokens, choices, strict=True)
+        ]
+        good = np.array([[s is not None for s in rows] for rows in said])
+        assert good.all() == (kind == "forced") and good.any() == (kind != "free")
+        if done == "format":
+            np.testing.assert_array_equal(out.state == State.DONE, good)
     if kind == "forced":
-        for options, rows in zip(opening[0].options, said, strict=True):
+        for options, rows in zip((2, 3), said, strict=True):
             assert {answer for _, answer in rows} == set(range(options))
 
 
@@ -166,7 +173,7 @@ def test_greedy(tiny, form_of, opening):
     def run(model, batch, before, key):
         context = read(model, form, batch, before)
         out = rollout.sample(
-            *(model, form.grammar, context, batch.options, key),
+            *(model, form.grammar, context, batch.choices, key),
             count=2,
             temperature=TEMPERATURE,
             greedy=True,
@@ -177,8 +184,8 @@ def test_greedy(tiny, form_of, opening):
         inputs = jnp.concatenate([first, out.tokens[..., :-1]], -1)
         position = jnp.broadcast_to(context.position[:, None, None] + jnp.arange(c), (3, n, r, c))
         hidden = model.complete(inputs, position, out.mask, context.kv, context.mask)
-        options = jnp.broadcast_to(batch.options[:, None, None], (n, r, c))
-        allowed = fmt.permitted(form.grammar, fmt.states(form.grammar, out.tokens), options)
+        states = fmt.states(form.grammar, out.tokens)
+        allowed = fmt.permitted(form.grammar, states, batch.choices)
         return out, rollout.log_softmax(model.logits(hidden), allowed, TEMPERATURE)
 
     run = tiny.jit(run)

@@ -1,4 +1,4 @@
-"""Checkpoints of everything a phase needs to go on exactly: state, data position. All orbax is here.
+"""Checkpoints of all that a phase needs to go on exactly: state, data position. All orbax is here.
 
 A checkpoint is written to one side and renamed when whole, so a kill at any moment leaves the last
 one usable; one that is damaged all the same is passed over for the one before it.

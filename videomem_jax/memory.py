@@ -215,7 +215,9 @@ def loop(
     return jax.lax.scan(one, start, inputs)[1]
 
 
-def supervised(batch: Batch, form: Format) -> tuple[Memory, Int[Array, "b t c"], Bool[Array, "b t c"]]:
+def supervised(
+    batch: Batch, form: Format
+) -> tuple[Memory, Int[Array, "b t c"], Bool[Array, "b t c"]]:
     """A chain of memory as prompts and targets, all steps at once (cold start).
 
     Returns:

@@ -65,9 +65,7 @@ def draw_paths(
     return jax.lax.top_k(scores + jax.random.gumbel(key, scores.shape), paths)[1]
 
 
-def credit(
-    advantages: Float[Array, "t b g"], *, tcr: bool, paths: int
-) -> Float[Array, "t b g"]:
+def credit(advantages: Float[Array, "t b g"], *, tcr: bool, paths: int) -> Float[Array, "t b g"]:
     """Advantages that the update uses.
 
     With a terminal reward and G unbroken trajectories, each of a trajectory's steps gets its

@@ -9,6 +9,7 @@ import errno
 import importlib.metadata
 import json
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -47,6 +48,10 @@ SAID = (
 
 def entry(main: Callable[[], None]) -> None:
     """Runs an entry's work; a user's mistake ends it with one sentence and exit code 2."""
+    # Read when the first device is asked for. On a CPU this halves the time to compile, and the
+    # programs are no slower.
+    flag = "--xla_cpu_experimental_ynn_fusion_type="
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     for name in ("absl", "jax"):  # what is no warning is not for this command's reader
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
@@ -283,5 +288,7 @@ def given_config(config: config_dict.ConfigDict | None) -> config_dict.ConfigDic
 def given_workdir(workdir: str | None) -> str:
     """The folder of the command line; ConfigError if there is none."""
     if not workdir:
-        raise ConfigError("--workdir is missing: give the run's folder, such as --workdir=runs/demo")
+        raise ConfigError(
+            "--workdir is missing: give the run's folder, such as --workdir=runs/demo"
+        )
     return workdir

@@ -194,7 +194,9 @@ def _build(cls, config, where: str):
     values = {}
     for name, kind in kinds.items():
         if name not in config:
-            raise ConfigError(f"{where}.{name} is missing: start from videomem_jax.settings.default()")
+            raise ConfigError(
+                f"{where}.{name} is missing: start from videomem_jax.settings.default()"
+            )
         value = config[name]
         if dataclasses.is_dataclass(kind):
             value = _build(kind, value, f"{where}.{name}")

@@ -142,4 +142,3 @@ class Tokenizer:
         if len(ids) != 1:
             raise ConfigError(f"the tokenizer has no single token for {text!r}")
         return ids[0]
-

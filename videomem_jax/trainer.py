@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import memory as mem
 from videomem_jax import prpo, rollout, sharding
@@ -179,9 +179,7 @@ class Trainer:
                 counts_answer=p.tcr | (segment == last),
             )
             advantages = prpo.group_advantages(reward.total, p.adv_norm)
-            chosen = prpo.draw_paths(
-                key, advantages, parsed.well_formed, tau, self.settings.paths
-            )
+            chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, self.settings.paths)
             return chosen, Judged(*reward, parsed.answer == gold, advantages)
 
         steps = mem.loop(model, self.form, batch, features, key, sampling, judge)
@@ -343,12 +341,12 @@ def micro_batches(tree: Any, parts: int):
 
     def deep(features: VisionFeatures) -> VisionFeatures:
         moved = jnp.moveaxis(features.deepstack, 1, 2)
-        return VisionFeatures(
-            split(features.embeds), jnp.moveaxis(split(moved), 2, 1)
-        )
+        return VisionFeatures(split(features.embeds), jnp.moveaxis(split(moved), 2, 1))
 
     is_features = lambda x: isinstance(x, VisionFeatures)  # noqa: E731
-    return jax.tree.map(lambda x: deep(x) if is_features(x) else split(x), tree, is_leaf=is_features)
+    return jax.tree.map(
+        lambda x: deep(x) if is_features(x) else split(x), tree, is_leaf=is_features
+    )
 
 
 def accumulate(loss, params, parts):

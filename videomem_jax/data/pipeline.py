@@ -251,4 +251,3 @@ def evaluation_batches(
 def stack(rows: Sequence[Batch]) -> Batch:
     """Rows as one batch, with a new first axis."""
     return jax.tree.map(lambda *a: np.stack(a), *rows)
-

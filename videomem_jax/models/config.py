@@ -36,7 +36,7 @@ class TextConfig:
             )
         if sum(self.mrope_section) != self.head_dim // 2:
             raise ConfigError(
-                f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}"
+                f"mrope_section {self.mrope_section} must sum to half of head_dim={self.head_dim}"
             )
 
 
@@ -165,7 +165,9 @@ class Qwen3VLConfig:
         try:
             raw = json.loads(path.read_text())
         except OSError:
-            raise ConfigError(f"{path} does not exist: give the folder of a Hugging Face model")
+            raise ConfigError(
+                f"{path} does not exist: give the folder of a Hugging Face model"
+            ) from None
         except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON ({error})") from None
         return cls.from_hf(raw, str(path))

@@ -1,4 +1,4 @@
-"""The parts that vision tower and decoder share: linear maps, norms, rotary embedding, attention."""
+"""What vision tower and decoder share: linear maps, norms, rotary embedding, attention."""
 
 from __future__ import annotations
 

@@ -93,9 +93,7 @@ class VisionTower(nnx.Module):
         init = jax.nn.initializers.normal(0.02)
         self.patch_embed = layers.Linear(config.patch_dim, d, bias=True, rngs=rngs)
         self.pos_embed = nnx.Param(init(rngs.params(), (config.num_position_embeddings, d)))
-        self.blocks = layers.stack_layers(
-            lambda rngs: Block(config, rngs=rngs), config.depth, rngs
-        )
+        self.blocks = layers.stack_layers(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
         self.merger = Merger(config, after=False, rngs=rngs)
         self.deepstack_merger_list = nnx.List(
             [Merger(config, after=True, rngs=rngs) for _ in config.deepstack_visual_indexes]
@@ -135,12 +133,12 @@ class VisionTower(nnx.Module):
         for merger, last in zip(
             self.deepstack_merger_list, self.config.deepstack_visual_indexes, strict=True
         ):
-            part = jax.tree.map(lambda a: a[begin : last + 1], stacked)
+            part = _layers(stacked, begin, last + 1)
             x, _ = jax.lax.scan(block, x, part)
             features.append(merger(x))
             begin = last + 1
         if begin < self.config.depth:
-            part = jax.tree.map(lambda a: a[begin:], stacked)
+            part = _layers(stacked, begin, self.config.depth)
             x, _ = jax.lax.scan(block, x, part)
         joined = [rearrange(y, "(n f) v d -> n (f v) d", n=n) for y in (self.merger(x), *features)]
         empty = jnp.zeros((0, *joined[0].shape), joined[0].dtype)
@@ -169,3 +167,7 @@ class VisionTower(nnx.Module):
         freqs = layers.frequencies(head_dim // 2, 1e4)
         return rearrange(positions[..., None] * freqs, "n q two x -> n q (two x)")
 
+
+def _layers(stacked, begin: int, end: int):
+    """The parameters of some of the stacked layers."""
+    return jax.tree.map(lambda a: a[begin:end], stacked)

@@ -35,7 +35,6 @@ PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 120, 56, 14
 ANSWER_WEIGHT = 3.0
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A stretch of training with an optimizer of its own.
