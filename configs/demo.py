@@ -14,6 +14,7 @@ def get_config():
     config.data.folder = "runs/needle"
     config.data.test_long = "test_long.jsonl"
     config.data.chain_cards = 4
+    config.data.chain_keep = 0.85
     # 8 frames of 96x64 pixels a clip of 16 s: a card of 2 s is seen in one of them.
     config.prompt.segments = 4
     config.prompt.frames = 8
@@ -21,7 +22,6 @@ def get_config():
     config.prompt.prefix_tokens = 104
     # So small a model answers with an option's word: to find its letter is a skill of its own.
     config.prompt.answer = "text"
-    config.prompt.answer_tokens = 2
     config.prompt.options = 4
     # A card takes 2 tokens. A video shows 8 on average: 5 fit, and more than 2 cost.
     config.memory.slots = 10

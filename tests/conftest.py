@@ -15,6 +15,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 
 from videomem_jax import grammar as fmt
@@ -37,6 +38,7 @@ VOCAB = 320
 
 def pytest_configure(config):
     """Keeps compiled code in pytest's cache folder, so that the next run finds it."""
+    flags.FLAGS.mark_as_parsed()  # grain's workers read flags, which a command would have parsed
     if getattr(config, "cache", None) is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

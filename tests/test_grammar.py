@@ -155,6 +155,16 @@ def test_completions(case, cases, signs, choices, parse_slowly):
     ]
 
 
+@pytest.mark.parametrize(
+    "text, state",
+    {"[](A).": "DONE", "[](yx).": "DONE", "[]().": "FAILED", "[](xyz).": "FAILED"}.items(),
+)
+def test_any_text_that_fits_ends_the_format(signs, follow, text, state):
+    """Whether it is a choice is the parser's to say."""
+    tokens = [[signs[sign] for sign in text.ljust(SIZE, "#")]]
+    assert follow(tokens)[0][0, -1] == State[state]
+
+
 def random_completions(signs, n, rng):
     """Well-formed ones with up to four tokens changed, left out, put in or exchanged."""
     rows = []

@@ -125,9 +125,9 @@ def test_a_row_says_what_the_record_says(tokenizer, film):
 def test_chains(tokenizer, film):
     load = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
     memories = ("red cat", "", "red cat blue boat", "blue boat")
-    record = dataclasses.replace(film[0], memories=memories, answers=("B", "A", "D", "C"))
+    record = dataclasses.replace(film[0], memories=memories, answers=("B", "", "D", "C"))
     chain = load(0, record).chain
-    assert chain.answer.tolist() == [1, 0, 3, 2] and chain.length[1] == 0
+    assert chain.answer.tolist() == [1, -1, 3, 2] and chain.length[1] == 0
     for tokens, length, text in zip(chain.memory, chain.length, memories, strict=True):
         assert tokenizer.decode(tokens[:length]) == text
         assert (tokens[length:] == tokenizer.ids.pad).all()

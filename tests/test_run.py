@@ -390,7 +390,10 @@ def test_config_of_other_hardware(mistake):
         (["prpo.accumulate=3"], "config.prpo.accumulate=3 must be a divisor of segments=4"),
         (["memory.budget=20"], "config.memory.budget=20 must be 0 to slots=10"),
         (["mesh.data=3"], "mesh data=3, fsdp=1, tensor=1 does not divide the 1 devices here"),
-        (["prompt.segments=3"], "config.data.task='needle' cannot be made as asked: A split needs"),
+        (
+            ["prompt.segments=3", "coldstart.accumulate=1", "prpo.accumulate=1"],
+            "config.data.task='needle' cannot be made as asked: A split needs",
+        ),
         (["data.train_videos=0"], "config.data.task='needle' cannot be made as asked: A split"),
     ],
 )

@@ -195,7 +195,7 @@ def parse(
     grammar: Grammar,
     tokens: Int[Array, "*b c"],
     final: Int[Array, "*b"],
-    choices: Int[Array, "*b o a"],
+    choices: Int[Array, "*#b o a"],
     pad: int,
 ) -> Parsed:
     """Memory and answer of completions.

@@ -201,7 +201,9 @@ def answers(
         raise PromptError(f"{len(options)} options are more than config.prompt.options={count}")
     table = np.full((count, room), -1, np.int32)
     for i, option in enumerate(options):
-        ids = [tokenizer.ids.letters[i]] if how == "letter" else tokenizer.encode_memory(option)
+        # A word has its token with a space before it, a figure without.
+        spellings = (tokenizer.encode_memory(option), tokenizer.encode(option))
+        ids = [tokenizer.ids.letters[i]] if how == "letter" else min(spellings, key=len)
         if len(ids) > room:
             raise PromptError(
                 f"the option {option[:40]!r} has {len(ids)} tokens, more than "

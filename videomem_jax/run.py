@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def entry(main: Callable[[], None]) -> None:
     # programs are no slower.
     flag = "--xla_cpu_experimental_ynn_fusion_type="
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    sys.unraisablehook = _without_closed_loops
     for name in ("absl", "jax"):  # what is no warning is not for this command's reader
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
@@ -68,13 +70,20 @@ def entry(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def _without_closed_loops(unraisable) -> None:
+    """Keeps from the reader what orbax's event loops say when a failed save ends the process."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser of the command line, with a sentence for a key that the config has not."""
     try:
         return app.parse_flags_with_usage(argv)
-    except AttributeError:  # what ml_collections raises for such a key
-        for name in (arg.lstrip("-").split("=")[0] for arg in argv):
-            inside = flags.FLAGS["config"].value
+    except (AttributeError, KeyError):  # what ml_collections raises for such a key
+        names = [arg.lstrip("-").split("=")[0] for arg in argv]
+        for name in names:
+            inside = _file_config(argv) if name.startswith("config.") else None
             for part in name.split(".")[1:]:
                 if not isinstance(inside, config_dict.ConfigDict):
                     break
@@ -86,6 +95,15 @@ def parse_flags(argv: list[str]) -> list[str]:
                     sys.exit(2)
                 inside = inside[part]
         raise
+
+
+def _file_config(argv: list[str]) -> config_dict.ConfigDict | None:
+    """The config of the command line's file, before any override."""
+    for arg in argv:
+        name, _, path = arg.lstrip("-").partition("=")
+        if name == "config" and pathlib.Path(path).is_file():
+            return runpy.run_path(path)["get_config"]()
+    return None
 
 
 def check_hardware(s: settings.Settings) -> None:

@@ -337,7 +337,8 @@ def micro_batches(tree: Any, parts: int):
     def split(a):
         t = a.shape[0]
         together, apart = max(1, t // parts), max(1, parts // t)
-        return rearrange(a, "(m a) (r i) ... -> (m i) (a r) ...", a=together, i=apart)
+        # r first: rows lie on devices in blocks of r, and behind a they would all be gathered.
+        return rearrange(a, "(m a) (r i) ... -> (m i) (r a) ...", a=together, i=apart)
 
     def deep(features: VisionFeatures) -> VisionFeatures:
         moved = jnp.moveaxis(features.deepstack, 1, 2)

@@ -331,7 +331,7 @@ def test_unknown_preset():
     "part, fields, sentence",
     [
         ("text", {"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key"),
-        ("text", {"mrope_section": (4, 4, 4)}, "must sum to head_dim / 2 = 8"),
+        ("text", {"mrope_section": (4, 4, 4)}, "must sum to half of head_dim=16"),
         ("vision", {"num_position_embeddings": 60}, "num_position_embeddings=60 must be a square"),
         ("vision", {"num_heads": 5}, "hidden_size=32 must be a multiple of num_heads=5"),
         ("vision", {"deepstack_visual_indexes": (1, 0)}, "must be increasing and below"),

@@ -42,7 +42,7 @@ def chain(
 
     Returns:
       For each clip, the memory after it, and the letter of the option that the memory supports,
-      or of a random option where it supports none.
+      or "" where it supports none: there is nothing to be taught then.
     """
     held: list[CardFacts] = []
     memories, answers = [], []
@@ -53,9 +53,8 @@ def chain(
             held.pop(rng.integers(len(held)))
         memories.append(memory_text(held))
         answer = supported_answer(record, held)
-        if answer not in record.options:
-            answer = record.options[rng.integers(len(record.options))]
-        answers.append(records.LETTERS[record.options.index(answer)])
+        known = answer in record.options
+        answers.append(records.LETTERS[record.options.index(answer)] if known else "")
     return tuple(memories), tuple(answers)
 
 

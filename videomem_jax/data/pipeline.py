@@ -145,9 +145,8 @@ class Loader:
                 ids = memory_ids(self.tokenizer, text, slots)
                 memory[i, : len(ids)], length[i] = ids, len(ids)
             # Without provisional answers of its own, a chain teaches the right one at its end.
-            answer[-1] = LETTERS.index(record.answer)
-            for i, letter in enumerate(record.answers or ()):
-                answer[i] = LETTERS.index(letter)
+            letters = record.answers or ("",) * (t - 1) + (record.answer,)
+            answer[:] = [LETTERS.index(letter) if letter else -1 for letter in letters]
         return Chain(memory, length, answer)
 
 

@@ -10,7 +10,7 @@ A row of a JSONL file has these fields:
     start     optional number, seconds: where the part that the question is about begins
     end       optional number, seconds: where it ends
     memories  optional list of strings: the memory after every clip, for supervised chains
-    answers   optional list of letters, one per memory: the provisional answers
+    answers   optional list of letters, one per memory: the provisional answers; "" for none
     duration  optional number, seconds: length of the video
     category  optional string: kind of question, for tables
     source    optional string: the data set that the record comes from
@@ -130,7 +130,7 @@ class Record:
         if self.answers is None:
             return
         _check_texts("answers", self.answers)
-        for answer in self.answers:
+        for answer in filter(None, self.answers):
             _check_letter("answers", answer, self.options)
         memories = 0 if self.memories is None else len(self.memories)
         if len(self.answers) != memories:
