@@ -463,7 +463,7 @@ def test_rows_that_fill_up_teach_nothing(trainer_of, batch):
 @pytest.mark.slow
 def test_a_restored_state_goes_on_exactly(trainer_of, batch, tmp_path):
     """4 steps with a checkpoint after 2, and the last 2 again from it: the same bit for bit."""
-    trainer = trainer_of(MIXED)
+    trainer = trainer_of()
 
     def steps(state, begin, end):
         said = []
