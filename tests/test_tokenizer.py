@@ -135,6 +135,18 @@ def test_save_and_load(tokenizer, tmp_path):
         assert again.encode(text) == tokenizer.encode(text)
 
 
+def test_tags_are_added_where_they_are_not(tokenizer, tmp_path):
+    tokenizer.save(tmp_path, tags=False)
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert all(written.token_to_id(tag) is None for tag in TAGS)
+    again = Tokenizer.load(tmp_path)
+    assert again.ids == tokenizer.ids
+    assert again.new_tags[again.ids.memory_open] == again.encode("Notes:")
+    assert list(again.new_tags) == sorted(specials(again))[-4:]
+    again.save(tmp_path)
+    assert not Tokenizer.load(tmp_path).new_tags
+
+
 def test_training_keeps_to_the_size_and_is_repeatable():
     lines = ["the cat sat on the mat and the dog sat on the cat"] * 3
     first, second = (Tokenizer.train(lines, 300) for _ in range(2))

@@ -240,7 +240,9 @@ def load(s: settings.Settings, folder: str | pathlib.Path | None = None, **placi
     model = convert.load_pretrained(
         folder, dtype=jnp.dtype(s.model.dtype), remat=s.model.remat, **placing
     )
-    return Loaded(model, tokenizer, make_format(tokenizer, model, s))
+    form = make_format(tokenizer, model, s)
+    model.start_tokens(tokenizer.new_tags)
+    return Loaded(model, tokenizer, form)
 
 
 def make_format(

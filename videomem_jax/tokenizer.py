@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ from jaxtyping import Bool
 
 from videomem_jax.models.config import ConfigError
 
-TAGS = ("<memory>", "</memory>", "<answer>", "</answer>")
+# Each tag with a text that stands where it stands in notes without tags: its embedding's start.
+TAGS = {"<memory>": "Notes:", "</memory>": "\n", "<answer>": "\n", "</answer>": "\n"}
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -51,19 +53,26 @@ class TokenIds:
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer of the Qwen family with the memory tags added."""
+    """A byte-level BPE tokenizer of the Qwen family with the memory tags added.
+
+    Attributes:
+      ids: of tokens with a meaning.
+      new_tags: ids of the tags that the tokenizer on disk had not, with those of their `TAGS` text.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer"):
         missing = [s for s in SPECIALS if inner.token_to_id(s) is None]
         if missing:
             raise ConfigError(f"{where} lacks the token {missing[0]}: it is not Qwen3-VL's")
-        inner.add_special_tokens([t for t in TAGS if inner.token_to_id(t) is None])
+        new = [tag for tag in TAGS if inner.token_to_id(tag) is None]
+        inner.add_special_tokens(new)
         self._inner = inner
         self.ids = TokenIds(
             *(inner.token_to_id(s) for s in SPECIALS if s != "<|vision_pad|>"),
             *(inner.token_to_id(tag) for tag in TAGS),
             letters=tuple(self._single(letter) for letter in LETTERS),
         )
+        self.new_tags = {inner.token_to_id(tag): self.encode(TAGS[tag]) for tag in new}
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> Tokenizer:
@@ -100,9 +109,13 @@ class Tokenizer:
         inner.add_special_tokens(list(SPECIALS))
         return cls(inner)
 
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Writes `folder/tokenizer.json`, tags included."""
-        self._inner.save(str(pathlib.Path(folder) / "tokenizer.json"))
+    def save(self, folder: str | pathlib.Path, tags: bool = True) -> None:
+        """Writes `folder/tokenizer.json`, with the tags or as it would be without them."""
+        whole = json.loads(self._inner.to_str())
+        if not tags:
+            whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"] not in TAGS]
+        text = json.dumps(whole, ensure_ascii=False, indent=2)
+        (pathlib.Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 
     def __len__(self) -> int:
         return self._inner.get_vocab_size(with_added_tokens=True)

@@ -294,6 +294,18 @@ def test_interpolated_positions_against_a_loop(make):
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_start_as_the_mean_of_others(make, tied):
+    model = make.model(make.config({"tie_word_embeddings": tied}))
+    table = lambda: np.array(model.language_model.embed_tokens[...])  # noqa: E731
+    head = lambda: table() if tied else np.array(model.lm_head.kernel[...]).T  # noqa: E731
+    before = table(), head()
+    model.start_tokens({80: [3, 5], 81: [7]})
+    for old, new in zip(before, (table(), head()), strict=True):
+        assert np.allclose(new[80], (old[3] + old[5]) / 2) and (new[81] == old[7]).all()
+        assert (np.delete(new, [80, 81], 0) == np.delete(old, [80, 81], 0)).all()
+
+
 @pytest.mark.parametrize(
     "name, millions", [("2b", 2130), ("4b", 4440), ("8b", 8770), ("32b", 33360)]
 )

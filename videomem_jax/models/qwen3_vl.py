@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -108,6 +110,16 @@ class Qwen3VL(nnx.Module):
             table = self.language_model.embed_tokens[...].astype(hidden.dtype)
             return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
+
+    def start_tokens(self, like: Mapping[int, Sequence[int]]) -> None:
+        """Gives new tokens the mean embedding, and head, of others: `like[new] = others`."""
+        for new, others in like.items():
+            table = self.language_model.embed_tokens
+            table[...] = table[...].at[new].set(table[...][jnp.array(others)].mean(0))
+            if self.lm_head is not None:
+                kernel = self.lm_head.kernel
+                mean = kernel[...][:, jnp.array(others)].mean(1)
+                kernel[...] = kernel[...].at[:, new].set(mean)
 
 
 def abstract(config: Qwen3VLConfig, dtype=jnp.float32, remat: bool = False) -> Qwen3VL:

@@ -35,31 +35,27 @@ PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 120, 56, 14
 ANSWER_WEIGHT = 3.0
 
 
+# Peak learning rates: of matrices under Muon, of all else under Adam.
+MUON_RATE, ADAM_RATE = 3e-2, 3e-3
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A stretch of training with an optimizer of its own.
+    """A stretch of training.
 
-    steps: updates; the learning rate falls from `rate` as a cosine that would end at `horizon`.
+    steps: updates.
     frames: "pair" or "clip", what the exchanges with pixels show, and how many a step.
-    texts: exchanges about a text a step, a share `look_ups` of them look-ups.
+    texts: exchanges about a text a step.
     """
 
     steps: int
-    horizon: int
-    rate: float
     frames: str
     seen: int
     texts: int
-    look_ups: float
 
 
-# First to recognise a card, then to follow a clip, then to look up what was read.
-PARTS = (
-    Part(1000, 2600, 2e-3, "pair", 48, 32, 0.0),
-    Part(250, 2600, 2e-3, "clip", 16, 24, 0.0),
-    Part(750, 1500, 1.5e-3, "clip", 16, 40, 0.25),
-    Part(800, 800, 1.5e-3, "clip", 20, 32, 0.15),
-)
+# First to recognise a card, then to follow a clip: captions of two frames are learnt far sooner.
+PARTS = (Part(500, "pair", 40, 40), Part(2000, "clip", 20, 24))
 
 _OUT = flags.DEFINE_string("out", None, "folder of the base model", required=True)
 _DATA = flags.DEFINE_string("data", "runs/base", "folder for the generated videos")
@@ -143,7 +139,7 @@ def draw(rng: np.random.Generator, tokenizer: Tokenizer, films: Films, part: Par
         seen.append(encode(tokenizer, task, times, PAIR_PREFIX if pairs else CLIP_PREFIX))
         patches.append(pixels)
     read = [
-        encode(tokenizer, tasks.without_clip(rng, part.look_ups), np.zeros((0,)), TEXT_PREFIX)
+        encode(tokenizer, tasks.without_clip(rng), np.zeros((0,)), TEXT_PREFIX)
         for _ in range(part.texts)
     ]
     stack = lambda rows: {k: np.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731
@@ -215,21 +211,54 @@ def main(_):
     right = jax.jit(lambda params, batch: whole_replies(nnx.merge(graph, params), batch))
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    begin = 0
+    transform = optimizer(sum(part.steps for part in PARTS))
+    state, begin = (params, transform.init(params)), 0
+    step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
+
+    def save(state):
+        convert.save_pretrained(nnx.merge(graph, state[0]), out)
+        tokenizer.save(out, tags=False)
+
     for part in PARTS:
-        params = train(part, begin, graph, params, right, films, tokenizer, out)
+        state = train(part, begin, state, step, right, films, tokenizer, save)
         begin += part.steps
 
 
-def train(part: Part, begin: int, graph, params, right, films: Films, tokenizer, out):
-    """Trains for one part; returns the parameters, which are saved on the way."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, part.rate, 100, part.horizon)
-    transform = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """Muon for the matrices of layers, Adam for the rest.
+
+    With AdamW alone the losses took three times as many steps.
+    """
+    muon, adam = (
+        optax.warmup_cosine_decay_schedule(0.0, rate, 50, steps) for rate in (MUON_RATE, ADAM_RATE)
     )
-    step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
-    state, losses = (params, transform.init(params)), []
-    pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def matrices(params):
+        def dimensions(path, leaf):
+            names = [str(getattr(key, "key", key)) for key in path]
+            matrix = "kernel" in names and "patch_embed" not in names
+            # Layers are stacked: the last two axes are a layer's matrix.
+            return (
+                optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if matrix else None
+            )
+
+        return jax.tree_util.tree_map_with_path(dimensions, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            muon,
+            adam_learning_rate=adam,
+            adam_b2=0.98,
+            weight_decay=0.01,
+            muon_weight_dimension_numbers=matrices,
+        ),
+    )
+
+
+def train(part: Part, begin: int, state, step, right, films: Films, tokenizer, save):
+    """Trains for one part; returns the state, whose parameters are saved on the way."""
+    pool, losses = concurrent.futures.ThreadPoolExecutor(1), []
 
     def exchanges(i):
         rng = np.random.default_rng([_SEED.value, i])
@@ -248,9 +277,8 @@ def train(part: Part, begin: int, graph, params, right, films: Films, tokenizer,
             parts = ", ".join(f"{x:.3f}" for x in np.mean(losses[-50:], axis=0))
             bar.write(f"step {i + 1}: losses {parts}; whole replies right {whole}")
         if i % 250 == 249 or last:
-            convert.save_pretrained(nnx.merge(graph, state[0]), out)
-            tokenizer.save(out)
-    return state[0]
+            save(state)
+    return state
 
 
 if __name__ == "__main__":

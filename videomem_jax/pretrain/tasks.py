@@ -97,6 +97,11 @@ def of_frames(shown: Cards) -> Task:
     return Task("", (), DESCRIBE, text(shown))
 
 
+def told(cards: Cards, answer: str) -> str:
+    """The cards and, on a line of its own, an answer in its shortest spelling."""
+    return f"{text(cards)}\n{answer if answer.isdigit() else ' ' + answer}"
+
+
 def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
     """An exchange about a clip that shows these cards."""
     kind = rng.random()
@@ -106,16 +111,14 @@ def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
     whole = [*notes, *shown]
     before = f"Notes: {text(notes)}\n"
     asked = ask(rng, whole)
-    if kind < 0.2 or asked is None:
+    if kind < 0.15 or asked is None:
         return of_frames(shown)
     question, options, answer, name = asked
-    if kind < 0.4:
+    if kind < 0.25:
         return Task(question, options, before + CONTINUE, text(whole))
     if kind < 0.9:
-        return Task(question, options, before + TELL_AND_ANSWER, f"{text(whole)}\n {answer}")
-    if kind < 0.97:
-        return Task(question, (), before + NAME, name)
-    return Task(question, options, before + ANSWER, answer)
+        return Task(question, options, before + TELL_AND_ANSWER, told(whole, answer))
+    return Task(question, (), before + NAME, name)
 
 
 def look_up(rng: np.random.Generator) -> Task:
@@ -132,9 +135,9 @@ def look_up(rng: np.random.Generator) -> Task:
     return Task("", (), tail, " ".join(cards[i][1] for i in order))
 
 
-def without_clip(rng: np.random.Generator, look_ups: float = 0.0) -> Task:
-    """An exchange about a text alone; a share `look_ups` of them are those of `look_up`."""
-    if rng.random() < look_ups:
+def without_clip(rng: np.random.Generator) -> Task:
+    """An exchange about a text alone."""
+    if rng.random() < 0.1:
         return look_up(rng)
     cards = draw_cards(rng, int(rng.integers(1, 6)))
     asked = ask(rng, cards)
@@ -143,8 +146,8 @@ def without_clip(rng: np.random.Generator, look_ups: float = 0.0) -> Task:
     question, options, answer, name = asked
     before = f"Notes: {text(cards)}\n"
     kind = rng.random()
-    if kind < 0.5:
-        return Task(question, options, before + TELL_AND_ANSWER, f"{text(cards)}\n {answer}")
+    if kind < 0.7:
+        return Task(question, options, before + TELL_AND_ANSWER, told(cards, answer))
     if kind < 0.8:
         return Task(question, options, before + ANSWER, answer)
     return Task(question, options if rng.random() < 0.5 else (), before + NAME, name)
