@@ -9,8 +9,10 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +22,19 @@ from absl import app, flags
 from flax import nnx
 from tqdm import trange
 
+from videomem_jax import prompt
 from videomem_jax.data import needle, needle_video, records, video
-from videomem_jax.models import convert
+from videomem_jax.models import convert, layers
+from videomem_jax.models.config import Qwen3VLConfig
 from videomem_jax.models.presets import preset
 from videomem_jax.models.qwen3_vl import Qwen3VL, parameter_count
 from videomem_jax.pretrain import tasks
-from videomem_jax.prompt import turn_end, write_prefix
 from videomem_jax.tokenizer import Tokenizer
 
 FRAMES, SIZE, GRID = 8, (64, 96), (4, 6)
 # Room for a prompt about two frames, a clip, a text; and for a reply.
 PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 120, 56, 14
+TALK_PREFIX, TALK = 32, 96
 # An answer is one token of a reply of up to 13, and the hardest one.
 ANSWER_WEIGHT = 3.0
 
@@ -46,16 +50,18 @@ class Part:
     steps: updates.
     frames: "pair" or "clip", what the exchanges with pixels show, and how many a step.
     texts: exchanges about a text a step.
+    talks: texts a step with many exchanges about each.
     """
 
     steps: int
     frames: str
     seen: int
     texts: int
+    talks: int
 
 
 # First to recognise a card, then to follow a clip: captions of two frames are learnt far sooner.
-PARTS = (Part(500, "pair", 40, 40), Part(2000, "clip", 20, 24))
+PARTS = (Part(400, "pair", 36, 20, 32), Part(1800, "clip", 20, 16, 16))
 
 _OUT = flags.DEFINE_string("out", None, "folder of the base model", required=True)
 _DATA = flags.DEFINE_string("data", "runs/base", "folder for the generated videos")
@@ -104,13 +110,38 @@ class Films:
 
 def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int):
     """One exchange as arrays: the prompt's prefix with the tail in it, and the reply."""
-    long = write_prefix(tokenizer, task.question, task.options, times, GRID, 4 * size)
+    reply = tokenizer.encode_memory(task.reply)
+    weight = [1.0] * len(reply)
+    if task.answer:
+        # As short as it can be told, like options that are answered by their text.
+        (answer,) = prompt.answers(tokenizer, [task.answer], "text", 1, 1).tolist()
+        line = tokenizer.encode("\n") if reply else []
+        reply, weight = [*reply, *line, *answer], [*weight, *[1.0] * len(line), ANSWER_WEIGHT]
+    reply, weight = [*reply, tokenizer.ids.im_end], [*weight, 1.0]
+    return encode_reply(tokenizer, task, times, size, reply, weight, REPLY)
+
+
+def encode_talk(tokenizer: Tokenizer, notes: str, turns: Sequence[tuple[str, str]]):
+    """Notes and many exchanges about them, one after another; the replies are to be learnt."""
+    reply, weight = [], []
+    for asked, answer in turns:
+        space = "" if answer.isdigit() else " "
+        ask, told = tokenizer.encode(asked), tokenizer.encode(f"{space}{answer}\n")
+        if len(reply) + len(ask) + len(told) > TALK:
+            break
+        reply += [*ask, *told]
+        weight += [0.0] * len(ask) + [1.0] * len(told)
+    task = tasks.Task("", (), notes, "")
+    return encode_reply(tokenizer, task, np.zeros((0,)), TALK_PREFIX, reply, weight, TALK)
+
+
+def encode_reply(tokenizer, task, times, size, reply, weight, room):
+    """A prompt and the ids that go on from it, with the weight of each in the loss."""
+    long = prompt.write_prefix(tokenizer, task.question, task.options, times, GRID, 4 * size)
     used = int(long.mask.sum())
-    tail = [*tokenizer.encode(task.tail), *turn_end(tokenizer)]
-    reply = tokenizer.encode(" " + task.reply) if task.reply else []
-    reply = [*reply, tokenizer.ids.im_end]
+    tail = [*tokenizer.encode(task.tail), *prompt.turn_end(tokenizer)]
     total = used + len(tail)
-    if total > size or len(reply) > REPLY:
+    if total > size or len(reply) > room:
         raise ValueError(f"an exchange takes {total} + {len(reply)} tokens: raise the sizes")
     position = int(long.next_position) + np.arange(len(tail))
     tokens, slot = long.tokens[:size].copy(), long.slot[:size].copy()
@@ -124,14 +155,14 @@ def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int)
         "slot": slot,
         "last": np.int32(tail[-1]),
         "position": np.int32(position[-1]),
-        "reply": np.pad(np.array(reply, np.int32), (0, REPLY - len(reply))),
+        "reply": np.pad(np.array(reply, np.int32), (0, room - len(reply))),
         "length": np.int32(len(reply)),
-        "answer": np.arange(REPLY) == (len(reply) - 2 if task.options else -1),
+        "weight": np.pad(np.array(weight, np.float32), (0, room - len(weight))),
     }
 
 
 def draw(rng: np.random.Generator, tokenizer: Tokenizer, films: Films, part: Part):
-    """One step's exchanges: with frames, and without."""
+    """One step's exchanges: with frames, about texts, and many about one text."""
     seen, patches, pairs = [], [], part.frames == "pair"
     for _ in range(part.seen):
         pixels, times, shown = films.pair(rng) if pairs else films.clip(rng)
@@ -142,13 +173,20 @@ def draw(rng: np.random.Generator, tokenizer: Tokenizer, films: Films, part: Par
         encode(tokenizer, tasks.without_clip(rng), np.zeros((0,)), TEXT_PREFIX)
         for _ in range(part.texts)
     ]
+    talks = [encode_talk(tokenizer, *tasks.talk(rng)) for _ in range(part.talks)]
     stack = lambda rows: {k: np.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731
-    return stack(seen) | {"patches": np.stack(patches)}, stack(read)
+    parts = [stack(rows) for rows in (seen, read, talks) if rows]
+    if seen:
+        parts[0]["patches"] = np.stack(patches)
+    return parts
 
 
 def replies(model: Qwen3VL, batch):
-    """Cross-entropy of each reply token, and whether it is the likeliest: [n, c] with a mask."""
-    n = batch["reply"].shape[0]
+    """Cross-entropy of each reply token, and whether it is the likeliest: [n, c].
+
+    What is not to be learnt is free and right.
+    """
+    n, room = batch["reply"].shape
     features, slot = None, None
     if "patches" in batch:
         where = jnp.broadcast_to(video.patch_positions(*SIZE), (n, GRID[0] * GRID[1], 2))
@@ -158,14 +196,15 @@ def replies(model: Qwen3VL, batch):
         batch["tokens"], jnp.moveaxis(batch["positions"], 1, 0), batch["mask"], features, slot
     )
     inputs = jnp.concatenate([batch["last"][:, None], batch["reply"][:, :-1]], 1)[:, None]
-    position = jnp.broadcast_to(batch["position"][:, None, None] + jnp.arange(REPLY), inputs.shape)
-    mask = jnp.arange(REPLY) < batch["length"][:, None]
+    position = jnp.broadcast_to(batch["position"][:, None, None] + jnp.arange(room), inputs.shape)
+    mask = jnp.arange(room) < batch["length"][:, None]
     hidden = model.complete(
         inputs, jnp.broadcast_to(position, (3, *position.shape)), mask[:, None], kv, batch["mask"]
     )
     logp = jax.nn.log_softmax(model.logits(hidden[:, 0]))
     chosen = jnp.take_along_axis(logp, batch["reply"][..., None], -1)[..., 0]
-    return -chosen * mask, (jnp.argmax(logp, -1) == batch["reply"]) | ~mask, mask
+    learn = batch["weight"] > 0
+    return -chosen * learn, (jnp.argmax(logp, -1) == batch["reply"]) | ~learn
 
 
 def whole_replies(model: Qwen3VL, batch):
@@ -173,16 +212,15 @@ def whole_replies(model: Qwen3VL, batch):
     return replies(model, batch)[1].all(-1).mean()
 
 
-def train_step(graph, transform, state, seen, read):
-    """One update on both kinds of exchanges."""
+def train_step(graph, transform, state, batches):
+    """One update on all kinds of exchanges; the losses of each."""
     params, opt = state
 
     def loss(params):
         model, parts = nnx.merge(graph, params), []
-        for batch in (seen, read):
-            nll, _, mask = replies(model, batch)
-            weight = mask * jnp.where(batch["answer"], ANSWER_WEIGHT, 1.0)
-            parts.append((nll * weight).sum() / weight.sum())
+        for batch in batches:
+            nll = replies(model, batch)[0] * batch["weight"]
+            parts.append(nll.sum() / batch["weight"].sum())
         return sum(parts), jnp.stack(parts)
 
     grads, value = jax.grad(loss, has_aux=True)(params)
@@ -205,7 +243,7 @@ def main(_):
         vision_start_token_id=ids.vision_start,
         vision_end_token_id=ids.vision_end,
     )
-    model = Qwen3VL(config, rngs=nnx.Rngs(_SEED.value))
+    model = fresh_model(config, _SEED.value)
     print(f"{parameter_count(model):,} parameters")
     graph, params = nnx.split(model)
     right = jax.jit(lambda params, batch: whole_replies(nnx.merge(graph, params), batch))
@@ -222,6 +260,48 @@ def main(_):
     for part in PARTS:
         state = train(part, begin, state, step, right, films, tokenizer, save)
         begin += part.steps
+
+
+def fresh_model(config: Qwen3VLConfig, seed: int) -> Qwen3VL:
+    """A model to train from nothing, with a start that spares it most of the way to look-ups.
+
+    Blocks start as the identity, and token embeddings as large as what blocks will add, so that
+    deeper layers find the tokens that they compare. The first head of the first layer starts by
+    looking one token back: to look up what stands beside a word is then one more head. Without
+    this, look-ups had not come after thousands of steps; with it they come within hundreds.
+    """
+    model = Qwen3VL(config, rngs=nnx.Rngs(seed))
+    decoder, vision, text = model.language_model, model.visual, config.text
+    attention, d, h = decoder.layers.self_attn, text.hidden_size, text.head_dim
+    for linear in (
+        attention.o_proj,
+        decoder.layers.mlp.down_proj,
+        vision.blocks.attn.proj,
+        vision.blocks.mlp.linear_fc2,
+    ):
+        linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
+
+    # A part that all embeddings share gives queries and keys a constant part, for which the
+    # projections have no bias. It moves all logits alike, which is nothing.
+    keys = jax.random.split(jax.random.key(seed), 2)
+    shared = jax.random.normal(keys[0], (d,))
+    table = decoder.embed_tokens
+    table[...] = table[...] * math.sqrt(d) + shared
+    decoder.norm.scale[...] = decoder.norm.scale[...] / math.sqrt(d)
+
+    # The key of a constant query, turned by one position: their product is largest there.
+    turning = jnp.arange(h // 2) < 3  # the frequencies that tell neighbours apart
+    angle = layers.frequencies(h, text.rope_theta)
+    query = jnp.concatenate([turning, jnp.zeros(h // 2)])
+    key = jnp.concatenate([turning * jnp.cos(angle), turning * jnp.sin(angle)])
+    constant = shared[:, None] / jnp.linalg.norm(shared)
+    for linear, direction in ((attention.q_proj, query), (attention.k_proj, key)):
+        linear.kernel[...] = linear.kernel[...].at[0, :, :h].set(constant * direction)
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.scale[...] = norm.scale[...].at[0].set(1 + 0.8 * jnp.tile(turning, 2))
+    out = jax.random.normal(keys[1], (h, d)) * h**-0.5
+    attention.o_proj.kernel[...] = attention.o_proj.kernel[...].at[0, :h].set(out)
+    return model
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
@@ -267,13 +347,13 @@ def train(part: Part, begin: int, state, step, right, films: Films, tokenizer, s
     coming = exchanges(begin)
     bar = trange(begin, begin + part.steps, desc=f"base, {part.frames}s", unit="step")
     for i in bar:
-        seen, read = coming.result()
+        batches = coming.result()
         coming = exchanges(i + 1)
-        state, loss = step(state, seen, read)
+        state, loss = step(state, batches)
         losses.append(jax.device_get(loss))
         last = i == begin + part.steps - 1
         if i % 50 == 49 or last:
-            whole = [float(right(state[0], batch)) for batch in (seen, read)]
+            whole = [float(right(state[0], batch)) for batch in batches]
             parts = ", ".join(f"{x:.3f}" for x in np.mean(losses[-50:], axis=0))
             bar.write(f"step {i + 1}: losses {parts}; whole replies right {whole}")
         if i % 250 == 249 or last:

@@ -1,7 +1,7 @@
 """What the base model is taught: clips with captions, and questions about clips and short texts.
 
 A stand-in for the caption and instruction tuning that a released vision-language model has behind
-it. Nothing here keeps a memory: no tags, no budget, nothing is ever dropped.
+it. Nothing here keeps a memory: no tags, no budget, nothing is dropped unasked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from videomem_jax.data import needle, needle_video
+from videomem_jax.data import needle, needle_chains, needle_video
 from videomem_jax.tokenizer import LETTERS
 
 Cards = Sequence[tuple[str, str]]
@@ -25,17 +25,22 @@ NAME = "Name."
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One exchange: question and lettered options before the clip, the rest after it."""
+    """One exchange: question and lettered options before the clip, the tail after it.
+
+    The reply is that of cards and, on a line of its own, an answer; either may be empty.
+    """
 
     question: str
     options: tuple[str, ...]
     tail: str
     reply: str
+    answer: str = ""
 
 
 def text(cards: Cards) -> str:
-    """The cards as words: "red cat blue star"."""
-    return " ".join(f"{colour} {picture}" for colour, picture in cards)
+    """The cards (colour, picture) as words: "cat red star blue"."""
+    facts = [{"colour": colour, "picture": picture} for colour, picture in cards]
+    return needle_chains.memory_text(facts)
 
 
 def draw_cards(rng: np.random.Generator, count: int, without: Cards = ()) -> list[tuple[str, str]]:
@@ -92,14 +97,47 @@ def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], s
     return question, tuple(options), cards[gold][1], text([cards[gold]])
 
 
+def only(rng: np.random.Generator, cards: Cards, before: str) -> Task:
+    """Told which colours or pictures to tell of, in place of a question or at the end."""
+    which = int(rng.integers(2))
+    there = sorted({card[which] for card in cards})
+    wanted = set(rng.permutation(there)[: int(rng.integers(0, len(there) + 1))])
+    others = list(needle_video.PICTURES if which else needle_video.COLOURS)
+    if not wanted or rng.random() < 0.2:
+        wanted.add(str(rng.choice(others)))
+    asked = f"Only {' '.join(map(str, rng.permutation(sorted(wanted))))}."
+    reply = text([card for card in cards if card[which] in wanted])
+    if rng.random() < 0.5:
+        return Task(asked, (), before + CONTINUE, reply)
+    return Task("", (), before + asked, reply)
+
+
+def about(rng: np.random.Generator, cards: Cards, before: str, closed: float) -> Task | None:
+    """A question about cards; None if there are no cards.
+
+    Args:
+      rng: of all draws.
+      cards: that the exchange tells of.
+      before: what the tail begins with.
+      closed: share of questions with options. Without them an answer cannot be had by leaving out
+        what is not in the notes.
+    """
+    asked = ask(rng, cards)
+    if asked is None:
+        return None
+    question, options, answer, name = asked
+    options = options if rng.random() < closed else ()
+    kind = rng.random()
+    if kind < 0.7:
+        return Task(question, options, before + TELL_AND_ANSWER, text(cards), answer)
+    if kind < 0.8:
+        return Task(question, options, before + ANSWER, "", answer)
+    return Task(question, options, before + NAME, name)
+
+
 def of_frames(shown: Cards) -> Task:
     """The caption of what these frames show."""
     return Task("", (), DESCRIBE, text(shown))
-
-
-def told(cards: Cards, answer: str) -> str:
-    """The cards and, on a line of its own, an answer in its shortest spelling."""
-    return f"{text(cards)}\n{answer if answer.isdigit() else ' ' + answer}"
 
 
 def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
@@ -110,47 +148,52 @@ def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
         notes = draw_cards(rng, int(rng.integers(0, 6 - len(shown))), shown)
     whole = [*notes, *shown]
     before = f"Notes: {text(notes)}\n"
-    asked = ask(rng, whole)
-    if kind < 0.15 or asked is None:
+    if kind < 0.1 or not whole:
         return of_frames(shown)
-    question, options, answer, name = asked
-    if kind < 0.25:
-        return Task(question, options, before + CONTINUE, text(whole))
-    if kind < 0.9:
-        return Task(question, options, before + TELL_AND_ANSWER, told(whole, answer))
-    return Task(question, (), before + NAME, name)
+    if kind < 0.2:
+        return Task("", (), before + CONTINUE, text(whole))
+    if kind < 0.4:
+        return only(rng, whole, before)
+    return about(rng, whole, before, closed=0.75) or of_frames(shown)
 
 
-def look_up(rng: np.random.Generator) -> Task:
-    """Several look-ups in one exchange: the pictures of colours.
+def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
+    """Notes, and many questions about them with their answers.
 
-    A single answer says little about how it is found; four in a row say a lot.
+    A look-up is learnt from many look-ups: an exchange with a single answer holds too few.
     """
-    cards = draw_cards(rng, 4)
-    colours = rng.permutation(list(needle_video.COLOURS))[:4]
-    cards = [(str(colour), picture) for colour, (_, picture) in zip(colours, cards, strict=True)]
-    order = rng.permutation(4)
-    wanted = " ".join(cards[i][0] for i in order)
-    tail = f"Notes: {text(cards)}\nName {wanted}."
-    return Task("", (), tail, " ".join(cards[i][1] for i in order))
+    cards = draw_cards(rng, int(rng.integers(2, 7)))
+    colours = [colour for colour, _ in cards]
+    turns = []
+    for _ in range(16):
+        kind = rng.random()
+        some = [cards[i] for i in rng.permutation(len(cards))[: int(rng.integers(1, 4))]]
+        if kind < 0.15:
+            pictures = " ".join(picture for _, picture in some)
+            turns.append((f"Cards {pictures}.", text(some)))
+        elif kind < 0.25:
+            pictures = " ".join(picture for _, picture in some)
+            turns.append((f"Colours {pictures}.", " ".join(colour for colour, _ in some)))
+        elif kind < 0.45:
+            some = [card for card in some if colours.count(card[0]) == 1]
+            if some:
+                wanted = " ".join(colour for colour, _ in some)
+                turns.append((f"Pictures {wanted}.", " ".join(picture for _, picture in some)))
+        elif kind < 0.6:
+            task = only(rng, cards, "")
+            turns.append((task.question or task.tail, task.reply))
+        elif asked := ask(rng, cards):
+            turns.append((asked[0], asked[2]))
+    return f"Notes: {text(cards)}", turns
 
 
 def without_clip(rng: np.random.Generator) -> Task:
     """An exchange about a text alone."""
-    if rng.random() < 0.1:
-        return look_up(rng)
-    cards = draw_cards(rng, int(rng.integers(1, 6)))
-    asked = ask(rng, cards)
-    while asked is None:
-        asked = ask(rng, cards)
-    question, options, answer, name = asked
+    kind, cards = rng.random(), draw_cards(rng, int(rng.integers(1, 6)))
     before = f"Notes: {text(cards)}\n"
-    kind = rng.random()
-    if kind < 0.7:
-        return Task(question, options, before + TELL_AND_ANSWER, told(cards, answer))
-    if kind < 0.8:
-        return Task(question, options, before + ANSWER, answer)
-    return Task(question, options if rng.random() < 0.5 else (), before + NAME, name)
+    if kind < 0.25:
+        return only(rng, cards, before)
+    return about(rng, cards, before, closed=0.5) or without_clip(rng)
 
 
 def corpus(seed: int, lines: int = 4000) -> Iterator[str]:
@@ -161,8 +204,11 @@ def corpus(seed: int, lines: int = 4000) -> Iterator[str]:
         if rng.random() < 0.3:
             task = without_clip(rng)
         options = "".join(f"{a}. {o}\n" for a, o in zip(LETTERS, task.options, strict=False))
-        stamp = f"<{rng.integers(0, 1000) / 10} seconds>"
-        yield f"user\n{task.question}\n{options}{stamp}{task.tail} {task.reply}\nassistant\n"
+        stamp = f"<{rng.integers(0, 1000) / 10} seconds>\n"
+        reply = f"{task.reply}\n {task.answer}"
+        notes, turns = talk(rng)
+        yield "\n".join([notes, *(f"{asked} {told}" for asked, told in turns)])
+        yield f"user\n{task.question}\n{options}{stamp}{task.tail} {reply}\nassistant\n"
 
 
 def spec(videos: int) -> dict[str, needle.SplitSpec]:
