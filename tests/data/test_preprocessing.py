@@ -69,7 +69,7 @@ def test_patches(theirs, tmp_path, i):
     ours, other = patches.reshape(-1, 1536).astype(int), theirs[f"patches.{i}"].astype(int)
     assert ours.shape == other.shape
     assert np.abs(ours - other).max() <= 2
-    assert (ours == other).mean() > 0.5
+    assert (ours == other).mean() > 0.95
 
 
 @pytest.mark.parametrize("i", range(len(pre.ASKED)))

@@ -73,4 +73,4 @@ def test_scenes_are_of_every_sort():
     assert {len(row) for row in rows} == {0, 1, 2, 3}
     assert any({p.video for p in row} == {True, False} for row in rows)
     assert any(p.grid[0] != p.grid[1] for row in rows for p in row)
-    assert all(len(set(scene.mask.sum(1))) > 1 for scene in drawn[1:6])
+    assert sum(len(set(scene.mask.sum(1))) > 1 for scene in drawn) >= 30
