@@ -62,7 +62,7 @@ def size_of(tokenizer: Tokenizer, small: bool) -> Size:
     text = TextConfig(
         vocab_size=1024 if small else 32000,
         hidden_size=d,
-        intermediate_size=128 if small else 2304,
+        intermediate_size=128 if small else 2048,
         num_hidden_layers=2 if small else 14,
         num_attention_heads=4 if small else 12,
         num_key_value_heads=2 if small else 4,
@@ -82,7 +82,7 @@ def size_of(tokenizer: Tokenizer, small: bool) -> Size:
     config = Qwen3VLConfig(
         text, vision, ids.video_pad, ids.image_pad, ids.vision_start, ids.vision_end
     )
-    return Size(config, 2, 2, (4, 6)) if small else Size(config, 4, 16, (14, 32))
+    return Size(config, 2, 2, (4, 6)) if small else Size(config, 4, 15, (14, 32))
 
 
 def make_batch(tokenizer: Tokenizer, size: Size, slots: int) -> Batch:
