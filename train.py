@@ -15,11 +15,10 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from videomem_jax import run, settings, sharding
+from videomem_jax import export, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.data import pipeline
 from videomem_jax.metrics import MetricsWriter, peak_rss_gb
-from videomem_jax.models import convert
 from videomem_jax.trainer import Trainer, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
@@ -41,7 +40,8 @@ class Phase:
         found = self.checkpoints.restore(trainer.first)
         if found:
             self.begin, self.state, position = found
-            self.batches.set_state(position)
+            if position:  # there is none where `models.convert` made the checkpoint
+                self.batches.set_state(position)
             print(f"{name}: going on from step {self.begin}")
         writer.forget_after(name, self.begin)
 
@@ -170,9 +170,8 @@ def train(config, workdir_flag: str) -> None:
                 )
                 state = loop(phase)
                 # config.json, which marks the phase as done, is written last.
-                folder.mkdir(exist_ok=True)
-                loaded.tokenizer.save(folder)
-                convert.save_pretrained(trainer.model(state), folder)
+                source = s.model.weights or run.BASE
+                export.save(trainer.model(state), loaded.tokenizer, folder, source=source)
         if (folder / "config.json").exists():
             loaded = run.load(s, folder)
     writer.close()

@@ -72,11 +72,17 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def qwen() -> Tokenizer:
-    """The real Qwen3 tokenizer, where the machine has it."""
+def qwen_folder() -> pathlib.Path:
+    """The real Qwen3 tokenizer's folder, where the machine has it."""
     if not (QWEN / "tokenizer.json").is_file():
         pytest.skip(f"{QWEN} is not there")
-    return Tokenizer.load(QWEN)
+    return QWEN
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_folder) -> Tokenizer:
+    """The real Qwen3 tokenizer."""
+    return Tokenizer.load(qwen_folder)
 
 
 class TinyModel:

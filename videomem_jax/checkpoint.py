@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,47 @@ class Checkpoints:
 
     def _said(self):
         return _Said(self._folder)
+
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a phase's folder, in order; empty if it is not there."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def trained_parameters(
+    folder: pathlib.Path, step: int | None = None
+) -> tuple[int, dict[tuple[str, ...], np.ndarray]]:
+    """The trained parameters of a checkpoint, on the host; its optimiser's state is not read.
+
+    Args:
+      folder: of one phase of a run.
+      step: of the checkpoint; by default the newest.
+
+    Returns:
+      The step, and the parameters by their path in the model.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    steps = steps_in(folder)
+    if not steps or (step is not None and step not in steps):
+        there = f"there are steps {', '.join(map(str, steps))}" if steps else "there are none"
+        wanted = "" if step is None else f" of step {step}"
+        raise CheckpointError(f"{folder} holds no checkpoint{wanted}: {there}")
+    step = steps[-1] if step is None else step
+    path = folder.absolute() / str(step) / "state"
+    try:
+        reader = ocp.PyTreeCheckpointer()
+        tree = {"trained": reader.metadata(path).item_metadata.tree["trained"]}
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=kinds, partial_restore=True)
+        found = reader.restore(path, args=args)["trained"]
+    except Exception as error:  # whatever orbax meets in a damaged file
+        cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read ({cause})") from None
+    flat = jax.tree_util.tree_flatten_with_path(found)[0]
+    return step, {tuple(str(key.key) for key in keys[:-1]): leaf for keys, leaf in flat}
 
 
 class _Said:

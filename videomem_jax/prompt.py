@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax.batch import Prefix
 from videomem_jax.models.config import ConfigError
+from videomem_jax.models.positions import position_ids
 from videomem_jax.tokenizer import LETTERS, Tokenizer
 
 
@@ -78,23 +79,16 @@ def write_prefix(
     )
     head = [ids.im_start, *tokenizer.encode(f"user\n{question}\n{lettered}")]
     rows, cols = grid[0] // merge, grid[1] // merge
-    tokens = list(head)
-    columns = [np.arange(len(head))[None].repeat(3, 0)]
-    slots = [np.full(len(head), -1)]
-    position, per_pair = len(head), rows * cols
+    tokens, slots = list(head), [np.full(len(head), -1)]
+    per_pair = rows * cols
     room = per_pair if room is None else room
-    corner = np.stack([np.zeros(per_pair, int), *np.divmod(np.arange(per_pair), cols)])
-    for pair, (first, second) in enumerate(np.asarray(times).reshape(-1, 2)):
+    pairs = np.asarray(times).reshape(-1, 2)
+    for pair, (first, second) in enumerate(pairs):
         stamp = tokenizer.encode(f"<{(first + second) / 2:.1f} seconds>")
-        before, after = [*stamp, ids.vision_start], [ids.vision_end]
-        tokens += before + [ids.video_pad] * per_pair + after
-        columns.append(position + np.arange(len(before))[None].repeat(3, 0))
-        position += len(before)
-        columns.append(position + corner)
-        position += max(rows, cols)
-        columns.append(np.full((3, 1), position))
-        position += 1
-        slots += [np.full(len(before), -1), pair * room + np.arange(per_pair), np.array([-1])]
+        tokens += [*stamp, ids.vision_start, *[ids.video_pad] * per_pair, ids.vision_end]
+        slots += [np.full(len(stamp) + 1, -1), pair * room + np.arange(per_pair), np.array([-1])]
+    slot = np.concatenate(slots)
+    positions, position = position_ids(slot >= 0, [grid] * len(pairs), merge)
     if len(tokens) > size:
         raise PromptError(
             f"question, options and clip take {len(tokens)} tokens, but "
@@ -103,9 +97,9 @@ def write_prefix(
     pad = size - len(tokens)
     return Prefix(
         tokens=np.pad(np.array(tokens, np.int32), (0, pad), constant_values=ids.pad),
-        positions=np.pad(np.concatenate(columns, 1).astype(np.int32), ((0, 0), (0, pad))),
+        positions=np.pad(positions.astype(np.int32), ((0, 0), (0, pad))),
         mask=np.arange(size) < len(tokens),
-        slot=np.pad(np.concatenate(slots).astype(np.int32), (0, pad), constant_values=-1),
+        slot=np.pad(slot.astype(np.int32), (0, pad), constant_values=-1),
         next_position=np.int32(position),
     )
 

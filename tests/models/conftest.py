@@ -1,18 +1,12 @@
 """Small models with random weights, and inputs for them."""
 
-import contextlib
-import functools
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
+from tests.models.scenes import END, IMAGE, START, VIDEO, hasty_jit, random_model
 from videomem_jax.models import config as cfg
-from videomem_jax.models.qwen3_vl import Qwen3VL, abstract
-
-VIDEO, IMAGE, START, END = 90, 91, 92, 93
 
 
 def small_config(text=None, vision=None) -> cfg.Qwen3VLConfig:
@@ -46,41 +40,6 @@ def small_config(text=None, vision=None) -> cfg.Qwen3VLConfig:
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-
-
-def random_model(config: cfg.Qwen3VLConfig, seed: int = 0, **options) -> Qwen3VL:
-    """A model whose every parameter is random: norms and biases too, which start constant."""
-    rng = np.random.default_rng(seed)
-    graph, state = nnx.split(abstract(config, **options))
-
-    def draw(path, leaf):
-        kind = path[-2].key
-        noise = rng.standard_normal(leaf.shape, np.float32)
-        if kind == "scale":
-            return 1 + 0.2 * noise
-        return noise * (leaf.shape[-2] ** -0.5 if kind == "kernel" else 0.2)
-
-    values = jax.tree_util.tree_map_with_path(draw, state)
-    return nnx.merge(graph, jax.tree.map(jax.numpy.asarray, values))
-
-
-@functools.cache
-def _hasty() -> dict:
-    """Compiler options that spare most of the time of compiling, as far as this XLA knows them."""
-    options = {}
-    for name, value in (
-        ("xla_backend_optimization_level", 0),
-        ("xla_cpu_use_fusion_emitters", False),
-    ):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-            options[name] = value
-    return options
-
-
-def hasty_jit(function):
-    """`jax.jit` for what runs once: five times as quick to compile, slower to run."""
-    return jax.jit(function, compiler_options=_hasty())
 
 
 class Clip(NamedTuple):

@@ -105,7 +105,7 @@ def test_bfloat16(model, tmp_path):
 
 @pytest.mark.parametrize("axis, small_shard", [(0, 2**26), (1, 2**26), (1, 0)])
 def test_reads_into_shards(model, folder, monkeypatch, axis, small_shard):
-    monkeypatch.setattr(convert, "_SMALL_SHARD", small_shard)
+    monkeypatch.setattr("videomem_jax.models.convert.read._SMALL_SHARD", small_shard)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("fsdp",))
 
     def place(leaf):
@@ -288,7 +288,7 @@ def test_bad_config_is_named(folder, case):
 
 
 def test_split_layers_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(convert, "_SMALL_SHARD", 0)
+    monkeypatch.setattr("videomem_jax.models.convert.read._SMALL_SHARD", 0)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("fsdp",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     with pytest.raises(convert.WeightsError, match="the axis of layers is split over fsdp"):
@@ -299,7 +299,7 @@ def test_failed_save_keeps_what_was_there(make, model, folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "save_file", full)
+    monkeypatch.setattr("videomem_jax.models.convert.write.save_file", full)
     with pytest.raises(convert.WeightsError, match=r"cannot be written \(.*No space left"):
         convert.save_pretrained(make.model(model.config, seed=5), folder)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -1,0 +1,352 @@
+"""Speed of this project against transformers on torch, side by side on this machine's CPU.
+
+    python -m benchmarks.speed_vs_transformers            # about 150M parameters, medians of 5
+
+Both have the same random weights, see the same frames and prompts and read the same tokens: what
+ours samples, theirs is made to sample too. Runs alternate, so that whatever else the machine does
+falls on both. Three rows:
+
+  prompt   vision tower and prefill of a prompt of about 2,000 tokens
+  samples  8 samples of 128 tokens after that prompt
+  loop     4 segments in a row, each with its clip, its prompt with the memory, and 8 samples
+
+Theirs gets its best case: the prompt is run once and its cache repeated for the 8 samples (outside
+the clock in `samples`), where `generate(num_return_sequences=8)` would run it 8 times; and its
+decoding loop is a bare one, without what `generate` does between steps.
+
+Beside each row is the floor: its operations over the fastest matrix product measured here.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from einops import rearrange
+from flax import nnx
+
+from videomem_jax import grammar as fmt
+from videomem_jax import memory as mem
+from videomem_jax import prompt as prompts
+from videomem_jax import rollout, run
+from videomem_jax.batch import Batch, Chain, Clip, Prefix
+from videomem_jax.data.video import patch_positions
+from videomem_jax.models import convert
+from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
+from videomem_jax.models.qwen3_vl import Qwen3VL, parameter_count
+from videomem_jax.tokenizer import Tokenizer
+
+SAMPLES, TOKENS = 8, 128
+BARS = {"prompt": 1.3, "samples": 3.0, "loop": 4.0}
+
+
+class Size(NamedTuple):
+    """What is run: segments, frame pairs a clip and their grid in patches."""
+
+    config: Qwen3VLConfig
+    segments: int
+    pairs: int
+    grid: tuple[int, int]
+
+
+def size_of(tokenizer: Tokenizer, small: bool) -> Size:
+    """The benchmark's sizes, or (small) some that only show that it runs."""
+    ids, d = tokenizer.ids, 64 if small else 768
+    text = TextConfig(
+        vocab_size=1024 if small else 32000,
+        hidden_size=d,
+        intermediate_size=128 if small else 2048,
+        num_hidden_layers=2 if small else 14,
+        num_attention_heads=4 if small else 12,
+        num_key_value_heads=2 if small else 4,
+        head_dim=32 if small else 64,
+        mrope_section=(6, 5, 5) if small else (12, 10, 10),
+        tie_word_embeddings=True,
+    )
+    vision = VisionConfig(
+        depth=2 if small else 8,
+        hidden_size=32 if small else 512,
+        intermediate_size=64 if small else 2048,
+        num_heads=2 if small else 8,
+        out_hidden_size=d,
+        num_position_embeddings=2304,
+        deepstack_visual_indexes=(0,) if small else (2, 5),
+    )
+    config = Qwen3VLConfig(
+        text, vision, ids.video_pad, ids.image_pad, ids.vision_start, ids.vision_end
+    )
+    return Size(config, 2, 2, (4, 6)) if small else Size(config, 4, 15, (14, 32))
+
+
+def make_batch(tokenizer: Tokenizer, size: Size, slots: int) -> Batch:
+    """One example with random frames."""
+    rng, (height, width) = np.random.default_rng(0), size.grid
+    question, options = "What was seen first?", ["a red card", "a boat", "a house", "the moon"]
+    frames = np.arange(2 * size.pairs)
+    prefixes = []
+    for segment in range(size.segments):
+        times = segment * 2.0 * len(frames) + 2.0 * frames + 1.0
+        prefixes.append(prompts.write_prefix(tokenizer, question, options, times, size.grid, 2**14))
+    longest = max(int(prefix.mask.sum()) for prefix in prefixes)
+    cut = lambda a: a[..., :longest] if np.ndim(a) else a  # noqa: E731
+    prefix = jax.tree.map(lambda *a: np.stack([cut(x) for x in a])[None], *prefixes)
+    shape = (1, size.segments, size.pairs, height * width, size.config.vision.patch_dim)
+    places = patch_positions(16 * height, 16 * width)
+    repeat = lambda a: np.broadcast_to(a, (1, size.segments, *np.shape(a))).astype(np.int32)  # noqa: E731
+    none = np.full((1, size.segments), -1, np.int32)
+    return Batch(
+        prefix=Prefix(*prefix),
+        clip=Clip(rng.integers(0, 256, shape).astype(np.uint8), repeat(places), repeat(size.grid)),
+        chain=Chain(np.zeros((1, size.segments, slots), np.int32), none, none),
+        gold=np.zeros(1, np.int32),
+        choices=np.array(tokenizer.ids.letters[:4], np.int32)[None, :, None],
+        record=np.zeros(1, np.int32),
+        real=np.ones(1, bool),
+    )
+
+
+class Ours:
+    """The rows with this project: compiled as training and evaluation compile them."""
+
+    def __init__(self, model: Qwen3VL, form: mem.Format, batch: Batch, memory: np.ndarray):
+        graph, self.state = nnx.split(model)
+        self.form, self.key = form, jax.random.key(0)
+        self.batch = jax.device_put(batch)
+        first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)  # noqa: E731
+        sampling = mem.Sampling(SAMPLES, paths=1, temperature=1.0, greedy=False)
+        full = mem.Memory(jnp.asarray(memory)[None, None], jnp.full((1, 1), len(memory)))
+
+        def prompt(state, batch):
+            model = nnx.merge(graph, state)
+            features = mem.see(model, first(batch.clip))
+            return mem.context(model, form, first(batch.prefix), features, full)
+
+        def samples(state, batch, context, key):
+            model = nnx.merge(graph, state)
+            return rollout.sample(
+                model, form.grammar, context, batch.choices, key, count=SAMPLES, temperature=1.0
+            )
+
+        def loop(state, batch, key):
+            model = nnx.merge(graph, state)
+            features = mem.see(model, batch.clip)
+            return mem.loop(model, form, batch, features, key, sampling)
+
+        self._prompt, self._samples, self._loop = map(jax.jit, (prompt, samples, loop))
+        self.context = self.prompt()
+
+    def prompt(self) -> rollout.Context:
+        """Vision tower and prefill."""
+        return jax.block_until_ready(self._prompt(self.state, self.batch))
+
+    def samples(self) -> rollout.Completions:
+        """8 samples after the prompt."""
+        found = self._samples(self.state, self.batch, self.context, self.key)
+        return jax.block_until_ready(found)
+
+    def loop(self) -> mem.Steps:
+        """The whole loop."""
+        return jax.block_until_ready(self._loop(self.state, self.batch, self.key))
+
+
+class Theirs:
+    """The rows with transformers, given the tokens that ours sampled."""
+
+    def __init__(self, model: Qwen3VL, form: mem.Format, batch: Batch, attention: str):
+        with tempfile.TemporaryDirectory() as folder:
+            convert.save_pretrained(model, folder)
+            self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention
+            ).eval()
+        self.form, self.batch = form, batch
+        self.text = torch.tensor(np.asarray(form.grammar.allowed[fmt.State.MEMORY]))
+
+    def inputs(self, segment: int, memory: np.ndarray) -> dict[str, Any]:
+        """A segment's prompt without its last token, which opens the samples."""
+        ids, prefix = self.form.ids, jax.tree.map(lambda a: a[0, segment], self.batch.prefix)
+        tail = [ids.memory_open, *memory, ids.memory_close, *self.form.turn_end[:-1]]
+        tokens = np.concatenate([prefix.tokens[prefix.mask], tail])
+        clip = self.batch.clip.patches[0, segment].astype(np.float32) / 127.5 - 1
+        grid = [clip.shape[0], *self.batch.clip.grid[0, segment]]
+        return {
+            "input_ids": torch.tensor(tokens)[None].long(),
+            "attention_mask": torch.ones(1, len(tokens), dtype=torch.long),
+            "mm_token_type_ids": torch.tensor(tokens == ids.video_pad).int()[None] * 2,
+            "pixel_values_videos": torch.tensor(rearrange(clip, "f q e -> (f q) e")),
+            "video_grid_thw": torch.tensor([grid]),
+        }
+
+    @torch.inference_mode()
+    def prompt(self, given: dict[str, Any]):
+        """Vision tower and prefill; the cache."""
+        return self.model(**given, use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.inference_mode()
+    def samples(self, cache, start: int, tokens: np.ndarray, logprobs: list | None = None):
+        """Decodes `tokens` [8, 128] after a repeated cache, drawing as if they were not known.
+
+        Args:
+          cache: of the 8 prompts; it grows.
+          start: position of the first token that is read.
+          tokens: what is to be drawn.
+          logprobs: gets each drawn token's log-probability among ordinary text, if given.
+        """
+        known = torch.tensor(tokens).long()
+        token = torch.full((len(known), 1), self.form.turn_end[-1])
+        for index in range(known.shape[1]):
+            position = torch.full((3, len(known), 1), start + index)
+            out = self.model(
+                input_ids=token, position_ids=position, past_key_values=cache, use_cache=True
+            )
+            scores = out.logits[:, -1].masked_fill(~self.text, -1e30)
+            torch.multinomial(torch.softmax(scores, -1), 1)
+            token = known[:, index : index + 1]
+            if logprobs is not None:
+                logprobs.append(torch.log_softmax(scores, -1).gather(1, token)[:, 0].numpy())
+
+    def loop(self, steps: mem.Steps) -> None:
+        """The whole loop, with the memories and samples of ours."""
+        for segment in range(len(steps.before.length)):
+            length = int(steps.before.length[segment, 0, 0])
+            given = self.inputs(segment, np.asarray(steps.before.tokens[segment, 0, 0, :length]))
+            cache = self.prompt(given)
+            cache.batch_repeat_interleave(SAMPLES)
+            tokens = np.asarray(steps.completions.tokens[segment, 0])
+            self.samples(cache, self.start(segment, length), tokens)
+
+    def start(self, segment: int, length: int) -> int:
+        """Position of the prompt's last token."""
+        begin = int(self.batch.prefix.next_position[0, segment])
+        return begin + 1 + length + len(self.form.turn_end)
+
+
+def operations(size: Size, prompt: int, slots: int) -> dict[str, float]:
+    """Multiplications and additions of each row, of matrix products alone."""
+    t, v = size.config.text, size.config.vision
+    heads, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    layer = t.hidden_size * (2 * heads + 2 * kv + 3 * t.intermediate_size)
+    token = 2 * t.num_hidden_layers * layer
+    attention = 4 * t.num_hidden_layers * heads  # a query and a key
+    patches = size.grid[0] * size.grid[1]
+    joined = v.hidden_size * v.spatial_merge_size**2
+    merger = joined * (joined + v.out_hidden_size) / v.spatial_merge_size**2
+    block = v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size)
+    patch = 2 * (v.patch_dim * v.hidden_size + v.depth * block)
+    patch += 2 * (1 + len(v.deepstack_visual_indexes)) * merger
+    patch += 4 * v.depth * v.hidden_size * patches
+    see = size.pairs * patches * patch
+    read = see + prompt * token + attention * prompt * prompt / 2
+    head = 2 * t.hidden_size * t.vocab_size
+    drawn = SAMPLES * TOKENS * (token + head + attention * (prompt + TOKENS / 2))
+    return {"prompt": read, "samples": drawn, "loop": size.segments * (read + drawn)}
+
+
+def matmul_rate(side: int = 2048) -> float:
+    """Operations a second of the fastest float32 matrix product of jax, torch and numpy here."""
+    a = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    x, t = jnp.asarray(a), torch.tensor(a)
+    product = jax.jit(lambda x: x @ x)
+    best = {}
+    for name, once in (
+        ("jax", lambda: product(x).block_until_ready()),
+        ("torch", lambda: t @ t),
+        ("numpy", lambda: a @ a),
+    ):
+        once()
+        best[name] = 2 * side**3 / min(clock(once) for _ in range(7))
+    print("matrix product: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in best.items()))
+    return max(best.values())
+
+
+def clock(once) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    once()
+    return time.perf_counter() - began
+
+
+def side_by_side(repeats: int, ours, theirs, prepare=lambda: None) -> tuple[float, float]:
+    """Medians of alternating runs; `prepare()` makes what `theirs` takes, outside the clock."""
+    mine, other = [], []
+    for _ in range(repeats):
+        mine.append(clock(ours))
+        given = prepare()
+        other.append(clock(lambda: theirs(given)))  # noqa: B023
+    return statistics.median(mine), statistics.median(other)
+
+
+def main():
+    """Runs the rows asked for and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    parser.add_argument("--rows", nargs="+", choices=BARS, default=list(BARS))
+    parser.add_argument("--small", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--attention", default="sdpa", help="theirs: sdpa or eager")
+    args = parser.parse_args()
+
+    tokenizer = Tokenizer.load(run.BASE)
+    size = size_of(tokenizer, args.small)
+    slots = TOKENS - 1 - fmt.TAGS
+    model = Qwen3VL(size.config, rngs=nnx.Rngs(0))
+    vocab = size.config.text.vocab_size
+    # Held to the format, every sample is as long as it can be but where it closes its memory.
+    machine = fmt.build(tokenizer, vocab, slots, forced=True)
+    allowed = machine.allowed.at[fmt.State.MEMORY, tokenizer.ids.memory_close].set(False)
+    machine = dataclasses.replace(machine, allowed=allowed)
+    form = mem.Format(machine, tokenizer.ids, prompts.turn_end(tokenizer))
+    batch = make_batch(tokenizer, size, slots)
+    words = np.flatnonzero(tokenizer.text_mask(vocab))
+    memory = np.random.default_rng(1).choice(words, slots).astype(np.int32)
+
+    theirs = Theirs(model, form, batch, args.attention)
+    given, start = theirs.inputs(0, memory), theirs.start(0, slots)
+    prompt = given["input_ids"].shape[1]
+    print(
+        f"{parameter_count(model) / 1e6:.0f}M parameters; prompt of {prompt + 1} tokens; "
+        f"torch {torch.__version__} on {torch.get_num_threads()} threads, jax {jax.__version__}"
+    )
+    rate = matmul_rate()
+    floor = {k: v / rate for k, v in operations(size, prompt, slots).items()}
+    ours = Ours(model, form, batch, memory)
+
+    def repeated():
+        cache = theirs.prompt(given)
+        cache.batch_repeat_interleave(SAMPLES)
+        return cache
+
+    done, logprobs = ours.samples(), []
+    tokens = np.asarray(done.tokens[0])
+    assert bool(done.mask.all()), "every sample must have all its tokens"
+    theirs.samples(repeated(), start, tokens, logprobs)
+    text = slice(1, 1 + slots)
+    gap = np.abs(np.stack(logprobs, 1)[:, text] - np.asarray(done.logprobs[0])[:, text]).max()
+    print(f"same tokens; their log-probabilities differ by at most {gap:.1e}")
+
+    table = {}
+    if "prompt" in args.rows:
+        table["prompt"] = side_by_side(args.repeats, ours.prompt, lambda _: theirs.prompt(given))
+    if "samples" in args.rows:
+        table["samples"] = side_by_side(
+            args.repeats, ours.samples, lambda cache: theirs.samples(cache, start, tokens), repeated
+        )
+    if "loop" in args.rows:
+        steps = ours.loop()
+        assert bool(steps.completions.mask.all()), "every sample must have all its tokens"
+        table["loop"] = side_by_side(args.repeats, ours.loop, lambda _: theirs.loop(steps))
+    print(f"{'':8} {'ours':>9} {'theirs':>9} {'speed':>7} {'bar':>5} {'floor':>9}   (seconds)")
+    for name, (mine, other) in table.items():
+        print(
+            f"{name:8} {mine:9.2f} {other:9.2f} {other / mine:6.2f}x {BARS[name]:5.1f} "
+            f"{floor[name]:9.2f}"
+        )
+
+
+if __name__ == "__main__":
+    run.entry(main)
