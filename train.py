@@ -172,6 +172,7 @@ def train(config, workdir_flag: str) -> None:
                 # config.json, which marks the phase as done, is written last.
                 folder.mkdir(exist_ok=True)
                 loaded.tokenizer.save(folder)
+                settings.save_sizes(s, folder)
                 convert.save_pretrained(trainer.model(state), folder)
         if (folder / "config.json").exists():
             loaded = run.load(s, folder)
