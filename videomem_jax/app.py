@@ -104,7 +104,7 @@ def answer(
     except (*run.SAID, argparse.ArgumentTypeError) as error:
         # A path on this machine is nothing to the page's reader.
         text = str(error).replace(video, os.path.basename(video))
-        raise gradio.Error(html.escape(text), print_exception=False) from None
+        raise gradio.Error(html.escape(text, quote=False), print_exception=False) from None
 
 
 def build(model: VideoMem, videos: dict[str, str]) -> gradio.Blocks:
