@@ -164,12 +164,18 @@ def test_only_what_is_listed_can_be_picked(caller, reader, picked):
     assert len(reader.asked) == before
 
 
-def test_other_files_cannot_be_named(caller, reader, tmp_path):
-    """A path in an upload's place."""
+def test_other_files_cannot_be_named(served, reader, tmp_path):
+    """A path of this machine in an upload's place; the client would upload it, so by hand."""
     before, other = len(reader.asked), tmp_path / "other.mp4"
     other.write_bytes(b"0")
-    with pytest.raises(client.exceptions.AppError):
-        ask(caller, uploaded={"path": str(other), "meta": {"_type": "gradio.FileData"}})
+    named = {"path": str(other), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [None, named, "who?", "", ""]}).encode()
+    address = f"{served}gradio_api/call/ask"
+    post = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(post, timeout=10) as reply:
+        event = json.load(reply)["event_id"]
+    with urllib.request.urlopen(f"{address}/{event}", timeout=30) as reply:
+        assert b"event: error" in reply.read()
     assert len(reader.asked) == before
 
 
