@@ -171,6 +171,8 @@ def train(config, workdir_flag: str) -> None:
                 state = loop(phase)
                 # config.json, which marks the phase as done, is written last.
                 source = s.model.weights or run.BASE
+                folder.mkdir(exist_ok=True)
+                settings.save_sizes(s, folder)
                 export.save(trainer.model(state), loaded.tokenizer, folder, source=source)
         if (folder / "config.json").exists():
             loaded = run.load(s, folder)

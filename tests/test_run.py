@@ -177,7 +177,9 @@ def test_a_run_leaves_what_it_promises(finished, small, environment):
     assert list((finished / "tensorboard").iterdir())
     for folder in ("model", "coldstart_model"):
         files = {path.name for path in (finished / folder).iterdir()}
-        assert files == {"config.json", "model.safetensors", "tokenizer.json"}
+        sizes = settings.SIZES_FILE
+        assert files == {"config.json", "model.safetensors", "tokenizer.json", sizes}
+        assert settings.load_sizes(finished / folder).prompt.frames == 4
 
 
 NUMBERS = {

@@ -2,7 +2,8 @@
 
     <memory> text... </memory> <answer> CHOICE </answer> <|im_end|>
 
-A choice is what a right answer may be: an option's letter, or its text.
+A choice is what a right answer may be: an option's letter, or its text. A question without choices
+is open: any text that fits is an answer to it.
 
 Integer work on the device: `advance` follows a completion token by token, `parse` finds memory and
 answer, and a table says what may be sampled in each state. Inside a memory only ordinary text may
@@ -76,7 +77,7 @@ class Parsed(NamedTuple):
     well_formed: whether they keep to the format, a choice as the answer included.
     memory: [..., m] ids, padded with `pad` (all padding where not well-formed).
     length: tokens in the memory (0 where not well-formed).
-    answer: index of the choice; -1 where not well-formed.
+    answer: index of the choice; -1 where not well-formed, and where the question is open.
     """
 
     well_formed: Bool[Array, "..."]
@@ -177,7 +178,8 @@ def permitted(
     """What may be sampled in a state.
 
     Where the format is forced, an answer may have tokens of its row's choices only (of any of
-    them, so that choices of several tokens could still be mixed up).
+    them, so that choices of several tokens could still be mixed up). A row without choices is an
+    open question, whose answer may be any text.
     """
     n, vocab = choices.shape[0], grammar.allowed.shape[-1]
     row = jnp.arange(n)[:, None]
@@ -186,9 +188,24 @@ def permitted(
     # Padding (-1) goes where it changes nothing.
     of_choice = of_choice.at[row, jnp.where(flat < 0, grammar.expected[State.FULL_ANSWER], flat)]
     of_choice = of_choice.set(True).at[:, grammar.expected[State.FULL_ANSWER]].set(True)
+    of_choice |= is_open(choices)[:, None]
     of_choice = of_choice.reshape(n, *[1] * (state.ndim - 1), vocab)
     answering = (state >= State.ANSWER) & (state <= State.FULL_ANSWER)
     return grammar.allowed[state] & (of_choice | ~(answering & grammar.forced)[..., None])
+
+
+def is_open(choices: Int[Array, "*b o a"]) -> Bool[Array, "*b"]:
+    """Whether a question has no choices."""
+    return (choices < 0).all((-2, -1))
+
+
+def told(grammar: Grammar, tokens: Int[Array, "*b c"]) -> Int[Array, "*b a"]:
+    """Ids between the answer's tags, padded with -1; they mean nothing where there are no tags."""
+    begin = jnp.argmax(tokens == grammar.expected[State.REMEMBERED], axis=-1) + 1
+    end = jnp.argmax(tokens == grammar.expected[State.FULL_ANSWER], axis=-1)
+    at = begin[..., None] + jnp.arange(grammar.room)
+    inside = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1), axis=-1)
+    return jnp.where(at < end[..., None], inside, -1)
 
 
 def parse(
@@ -208,15 +225,10 @@ def parse(
       pad: the id that fills a memory up.
     """
     close = jnp.argmax(tokens == grammar.expected[State.FULL], axis=-1)
-    begin = close + 2
-    end = jnp.argmax(tokens == grammar.expected[State.FULL_ANSWER], axis=-1)
-    at = begin[..., None] + jnp.arange(grammar.room)
-    told = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1), axis=-1)
-    told = jnp.where(at < end[..., None], told, -1)
-    same = (told[..., None, :] == choices).all(-1) & (choices[..., 0] >= 0)
-    good = (final == State.DONE) & same.any(-1)
+    same = (told(grammar, tokens)[..., None, :] == choices).all(-1) & (choices[..., 0] >= 0)
+    good = (final == State.DONE) & (same.any(-1) | is_open(choices))
     length = jnp.where(good, close - 1, 0)
     place = jnp.arange(grammar.slots)
     memory = jnp.where(place < length[..., None], tokens[..., 1 : 1 + grammar.slots], pad)
-    answer = jnp.where(good, jnp.argmax(same, axis=-1), -1)
+    answer = jnp.where(good & same.any(-1), jnp.argmax(same, axis=-1), -1)
     return Parsed(good, memory.astype(jnp.int32), length, answer)

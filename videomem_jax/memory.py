@@ -122,11 +122,25 @@ def step(
     Returns:
       The completions [b*k, r, c], and what they say, [b, g] with g = k*r, path by path.
     """
+    return write(
+        model, form, context(model, form, prefix, features, memory), choices, key, sampling
+    )
+
+
+def write(
+    model: Qwen3VL,
+    form: Format,
+    read: rollout.Context,
+    choices: Int[Array, "b o a"],
+    key: jax.Array,
+    sampling: Sampling,
+) -> tuple[rollout.Completions, Parsed]:
+    """The second half of `step`: completions of prompts that `context` has run."""
     each = sampling.group // sampling.paths
     completions = rollout.sample(
         model,
         form.grammar,
-        context(model, form, prefix, features, memory),
+        read,
         jnp.repeat(choices, sampling.paths, axis=0),
         key,
         count=each,

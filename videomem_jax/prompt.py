@@ -46,7 +46,7 @@ def write_prefix(
     options: Sequence[str],
     times: Float[np.ndarray, " f"],
     grid: tuple[int, int],
-    size: int,
+    size: int | None,
     merge: int = 2,
     room: int | None = None,
 ) -> Prefix:
@@ -57,7 +57,7 @@ def write_prefix(
       question, options: the record's; options are lettered here.
       times: of the clip's frames in seconds; an even number of them.
       grid: height and width of a frame in patches.
-      size: the static length p.
+      size: the static length p; None for as many tokens as there are.
       merge: side of the merged block of patches.
       room: merged blocks that a pair has among the clip's features, those of padded patches
         counted; by default there are none of these.
@@ -89,6 +89,7 @@ def write_prefix(
         slots += [np.full(len(stamp) + 1, -1), pair * room + np.arange(per_pair), np.array([-1])]
     slot = np.concatenate(slots)
     positions, position = position_ids(slot >= 0, [grid] * len(pairs), merge)
+    size = len(tokens) if size is None else size
     if len(tokens) > size:
         raise PromptError(
             f"question, options and clip take {len(tokens)} tokens, but "

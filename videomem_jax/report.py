@@ -55,7 +55,7 @@ def write(workdir: str | os.PathLike, timelines: int = 12) -> Path:
     target = workdir / "report.html"
     try:
         run = report_run.read(workdir)
-        page = _environment().get_template("report.html.j2").render(_context(run, timelines))
+        page = environment().get_template("report.html.j2").render(_context(run, timelines))
         with records.replacing(target) as out:
             # Generated text may hold half a surrogate pair, which no file can.
             out.write(page.encode(errors="replace"))
@@ -64,21 +64,22 @@ def write(workdir: str | os.PathLike, timelines: int = 12) -> Path:
     return target
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates, with what they print numbers by."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": _percent,
         "range": _range,
         "number": _number,
         "duration": _duration,
     }
-    return environment
+    return made
 
 
 def _context(run: Run, timelines: int) -> dict[str, Any]:

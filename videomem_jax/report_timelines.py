@@ -88,7 +88,7 @@ def views(rows: Sequence[dict], others: Sequence[dict], count: int) -> list[dict
     by_id = {row.get("id"): row for row in others}
     made = []
     for row in choose(rows, count):
-        frames, trouble = _frames(row)
+        shown, trouble = frames(row)
         other = by_id.get(row.get("id"))
         made.append(
             {
@@ -99,8 +99,8 @@ def views(rows: Sequence[dict], others: Sequence[dict], count: int) -> list[dict
                 "gold": row["gold"],
                 "right": is_right(row),
                 "trouble": trouble,
-                "steps": _steps(row, frames),
-                "other": other and {"right": is_right(other), "steps": _steps(other, [])},
+                "steps": steps(row, shown),
+                "other": other and {"right": is_right(other), "steps": steps(other, [])},
             }
         )
     return made
@@ -125,8 +125,11 @@ def _kind(row: Mapping) -> str:
     return str(row.get("category") or "no kind")
 
 
-def _steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
-    """The segments of a timeline; `frames` is empty where none are to be shown."""
+def steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
+    """The segments of a timeline; `frames` is empty where none are to be shown.
+
+    A row without gold is of a question asked, not of a test: nothing in it is right or wrong.
+    """
     letters = dict(zip(records.LETTERS, map(str, row["options"]), strict=False))
     memories = [str(step.get("memory") or "") for step in row["steps"]]
     made = []
@@ -135,14 +138,18 @@ def _steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
         answer, times = step.get("answer"), step.get("times") or []
         made.append(
             {
-                "number": i + 1,
+                "number": step.get("number", i + 1),
                 "span": f"{clock(times[0])}\u2013{clock(times[-1])}" if times else "",
                 "frames": frames[i] if frames else [],
                 "words": timeline_diff(before, after),
                 "tokens": step.get("tokens"),
                 "answer": answer,
                 "text": letters.get(answer, ""),
-                "verdict": _verdict(answer, row["gold"]),
+                "verdict": _verdict(answer, row.get("gold")),
+                "odds": [
+                    (f"{letter} {letters[letter]}", share)
+                    for letter, share in zip(letters, step.get("probabilities") or (), strict=False)
+                ],
                 "well_formed": step.get("well_formed", answer is not None),
                 "needle": row.get("needle_segment") == i,
             }
@@ -150,11 +157,13 @@ def _steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
     return made
 
 
-def _verdict(answer: str | None, gold: str) -> str:
-    return "none" if answer is None else "right" if answer == gold else "wrong"
+def _verdict(answer: str | None, gold: str | None) -> str:
+    if answer is None:
+        return "none"
+    return "given" if gold is None else "right" if answer == gold else "wrong"
 
 
-def _frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
+def frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
     """Frames of each segment as data URIs with time and label; or none, and a sentence why."""
     cards = [card for card in row.get("cards") or [] if isinstance(card, dict) and "time" in card]
     picked = [frame_times(step.get("times") or [], cards, _FRAMES) for step in row["steps"]]

@@ -143,6 +143,68 @@ def sample(
     return Completions(*out, state)
 
 
+def choice_logprobs(
+    model: Qwen3VL,
+    grammar: fmt.Grammar,
+    context: Context,
+    choices: Int[Array, "n o a"],
+    tokens: Int[Array, "n c"],
+) -> Float[Array, "n o"]:
+    """Log-probability of each choice where a completion opens its answer, normalised over choices.
+
+    A choice's probability is the product of its tokens' and, where longer choices are possible, of
+    the tag that closes it, each under the distribution of the format when forced. For choices of
+    one token this is the softmax of their logits.
+
+    Args:
+      model: the policy.
+      grammar: forced; its room may exceed the choices'.
+      context: the prompts.
+      choices: of each prompt, padded with -1; rows of -1 get -inf.
+      tokens: one completion a prompt, which opens an answer (else the values mean nothing).
+    """
+    n, count, room = choices.shape
+    size = tokens.shape[1]
+    opening = grammar.expected[fmt.State.REMEMBERED]
+    begin = jnp.argmax(tokens == opening, axis=-1) + 1  # the answer's first token
+    # What stands before the answer joins the prompt: one pass, whatever the number of choices.
+    inputs = jnp.concatenate([context.last[:, None], tokens[:, :-1]], axis=1)
+    position = jnp.broadcast_to(context.position[:, None] + jnp.arange(size), (3, n, size))
+    mask = jnp.arange(size) < begin[:, None]
+    _, kv = model.language_model(
+        model.embed(inputs)[:, None],
+        position[:, :, None],
+        mask[:, None],
+        context=context.kv,
+        context_mask=context.mask,
+    )
+    joined = KV(*(jnp.concatenate([a, b[:, :, 0]], 2) for a, b in zip(context.kv, kv, strict=True)))
+    used = choices >= 0
+    first = jnp.full((n, count, 1), opening)
+    inputs = jnp.concatenate([first, jnp.maximum(choices, 0)], axis=2)
+    place = jnp.arange(room + 1)
+    position = (context.position + begin)[:, None, None] + place
+    hidden = model.complete(
+        inputs,
+        jnp.broadcast_to(position, (3, *inputs.shape)),
+        jnp.ones(inputs.shape, bool),
+        joined,
+        jnp.concatenate([context.mask, mask], axis=1),
+    )
+    # As long as the longest choice of the row: behind it there is nothing but the closing tag.
+    longest = used.sum(-1).max(-1)[:, None, None]
+    state = jnp.where(place == 0, fmt.State.ANSWER, fmt.State.ANSWERED)
+    state = jnp.where(place >= longest, fmt.State.FULL_ANSWER, state)
+    state = jnp.broadcast_to(state, inputs.shape)
+    logp = log_softmax(model.logits(hidden), fmt.permitted(grammar, state, choices), 1.0)
+    close = grammar.expected[fmt.State.FULL_ANSWER]
+    wanted = jnp.pad(choices, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+    wanted = jnp.where(wanted < 0, close, wanted)
+    chosen = jnp.take_along_axis(logp, wanted[..., None], -1)[..., 0]
+    total = jnp.where(place <= used.sum(-1, keepdims=True), chosen, 0.0).sum(-1)
+    return jax.nn.log_softmax(jnp.where(used[..., 0], total, -jnp.inf), axis=-1)
+
+
 def score(
     model: Qwen3VL,
     grammar: fmt.Grammar,

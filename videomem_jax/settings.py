@@ -7,11 +7,18 @@ command line, and one frozen `Settings` from there on (`freeze`), checked once.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import pathlib
 import typing
 
 from ml_collections import config_dict
 
 from videomem_jax.models.config import ConfigError
+
+# The parts of a run's settings that asking its model needs, and the file beside its weights.
+_SIZES = ("prompt", "memory")
+SIZES_FILE = "videomem.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +191,45 @@ def freeze(config: config_dict.ConfigDict) -> Settings:
     settings = _build(Settings, config, "config")
     _check(settings)
     return settings
+
+
+def save_sizes(settings: Settings, folder: str | os.PathLike) -> None:
+    """Writes what a question to the model needs, beside its weights: `folder/videomem.json`."""
+    sizes = {key: dataclasses.asdict(getattr(settings, key)) for key in _SIZES}
+    (pathlib.Path(folder) / SIZES_FILE).write_text(json.dumps(sizes, indent=1) + "\n")
+
+
+def load_sizes(folder: str | os.PathLike, **changes) -> Settings:
+    """Settings for asking the model of a folder.
+
+    Args:
+      folder: of the model. If `save_sizes` wrote there, prompt and memory are as in its training;
+        else they have their defaults, which are Qwen3-VL's.
+      **changes: values of keys of `prompt` and `memory`, such as `max_pixels=64 * 32 * 32`.
+
+    Raises:
+      ConfigError: the file cannot be used, or a key is unknown or has a wrong value.
+    """
+    values = dataclasses.asdict(Settings())
+    # Asking has no updates: whatever the number of segments, it need not divide.
+    values["coldstart"]["accumulate"] = values["prpo"]["accumulate"] = 1
+    file = pathlib.Path(folder) / SIZES_FILE
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text())
+            values |= {key: dict(found[key]) for key in _SIZES}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is not what train.py writes ({error!r})") from None
+    keys = {key: part for part in reversed(_SIZES) for key in values[part]}
+    for key, value in changes.items():
+        if key not in keys:
+            raise ConfigError(
+                f"{key} is not a size of prompt or memory; there are {', '.join(keys)}"
+            )
+        values[keys[key]][key] = value
+    if "slots" in changes:  # the budget is training's
+        values["memory"]["budget"] = min(values["memory"]["budget"], values["memory"]["slots"])
+    return freeze(config_dict.ConfigDict(values))
 
 
 def _build(cls, config, where: str):

@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from videomem_jax import settings as cfg
-from videomem_jax.batch import Batch, Chain, Clip
+from videomem_jax.batch import Batch, Chain
 from videomem_jax.data import video
+from videomem_jax.data.clip import frame_size, make_clips
 from videomem_jax.data.records import LETTERS, Record, RecordError
 from videomem_jax.prompt import PromptError, answers, memory_ids, write_prefix
 from videomem_jax.tokenizer import Tokenizer
@@ -90,39 +91,26 @@ class Loader:
           VideoError, PromptError, ConfigError: one sentence on what cannot be used.
         """
         sizes = self.settings.prompt
-        info = video.probe(record.video)
-        height, width = video.smart_resize(info.height, info.width, max_pixels=sizes.max_pixels)
-        grid = (height // 16, width // 16)
-        room = sizes.max_pixels // 256
-        if grid[0] * grid[1] > room:
-            raise video.VideoError(
-                f"{record.video}: frames of {info.width}x{info.height} pixels are too narrow for "
-                f"config.prompt.max_pixels={sizes.max_pixels}: raise it"
-            )
+        height, width = frame_size(record.video, sizes.max_pixels)
         times = self.times(record)
         frames = self._cache.read(record.video, times.reshape(-1), (height, width))
         if self.blind:
             frames = np.full_like(frames, 127)
-        patches = video.patchify(frames).reshape(self.segments, sizes.frames // 2, -1, 1536)
-        patches = np.pad(patches, ((0, 0), (0, 0), (0, room - patches.shape[2]), (0, 0)))
-        places = video.patch_positions(height, width)
-        places = np.pad(places, ((0, room - len(places)), (0, 0)))
         prefixes = [
             write_prefix(
                 self.tokenizer,
                 record.question,
                 record.options,
                 t,
-                grid,
+                (height // 16, width // 16),
                 sizes.prefix_tokens,
-                room=room // 4,
+                room=sizes.max_pixels // 1024,
             )
             for t in times
         ]
-        repeat = lambda a: np.repeat(np.asarray(a, np.int32)[None], self.segments, 0)  # noqa: E731
         return Batch(
             prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),
-            clip=Clip(patches, repeat(places), repeat(grid)),
+            clip=make_clips(frames, self.segments, sizes.max_pixels),
             chain=self._chain(record),
             gold=np.int32(LETTERS.index(record.answer)),
             choices=answers(

@@ -3,6 +3,7 @@
 Times are seconds from the first frame of the video. Everything here is numpy on the host.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -236,9 +237,12 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
         raise VideoError(f"{path}: there is no such video file.")
     try:
         with av.open(os.fspath(path)) as container:
-            if not container.streams.video:
+            # Music lists its cover as a video stream of one picture.
+            cover = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & cover]
+            if not streams:
                 raise VideoError(f"{path}: the file has no video stream.")
-            yield container, container.streams.video[0]
+            yield container, streams[0]
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: the video cannot be read, it may be broken or cut short (FFmpeg: "
@@ -248,21 +252,52 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
 
 def _probe(path, container, stream) -> VideoInfo:
     """`probe` of an opened video; leaves the stream behind its first frame."""
-    first = next(container.decode(stream), None)
+    first = next(_decoded(container, stream), None)
     if first is None:
         raise VideoError(f"{path}: the video has no frames.")
     fps = float(stream.average_rate or stream.guessed_rate or 0) or 1.0
-    if stream.duration:
-        duration = float(stream.duration * stream.time_base)
-    elif container.duration:
-        duration = container.duration / av.time_base
-    else:
-        duration = stream.frames / fps
+    duration = _duration(container, stream) or _last_end(container, stream, fps)
     height, width = first.height, first.width
     if first.rotation % 180:
         height, width = width, height
     frames = stream.frames or max(1, round(duration * fps))
     return VideoInfo(duration, fps, frames, width, height)
+
+
+def _duration(container, stream) -> float:
+    """The length in seconds that the container states; 0 if it does not."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    # Matroska states that of a stream in a tag; the file's own is that of the longest stream.
+    parts = stream.metadata.get("DURATION", "").split(":")
+    with contextlib.suppress(ValueError):
+        hours, minutes, seconds = map(float, parts)
+        return 3600 * hours + 60 * minutes + seconds
+    return (container.duration or 0) / av.time_base
+
+
+def _last_end(container, stream, fps: float) -> float:
+    """The length in seconds, from the times of all packets: recorders may leave it out."""
+    container.seek(0)
+    origin = stream.start_time or 0
+    ends = [p.pts - origin for p in container.demux(stream) if p.pts is not None]
+    return float(max(ends, default=0) * stream.time_base) + 1 / fps
+
+
+def _decoded(container, stream) -> Iterator[av.VideoFrame]:
+    """The frames from where the container stands, with the times at which they are shown."""
+    if container.format.name != "avi":
+        yield from container.decode(stream)
+        return
+    # AVI has times of decoding only. Frames come out in the order of showing: each takes the
+    # place of a packet in turn, but for empty packets, which stand for no frame.
+    places = collections.deque()
+    for packet in container.demux(stream):
+        if packet.size:
+            places.append(packet.dts)
+        for frame in packet.decode():
+            frame.pts = places.popleft() if places else None
+            yield frame
 
 
 def _shown(path, container, stream, times: list[float], fps: float) -> Iterator[av.VideoFrame]:
@@ -309,8 +344,10 @@ def _seek(container, stream, limit: float, origin, stamp):
     while True:
         target = limit - back
         offset = int((target + origin) / stream.time_base)
+        if container.format.name == "avi":  # has nothing before its start to seek to
+            offset = max(offset, 0)
         container.seek(offset, stream=stream, backward=True)
-        frames = container.decode(stream)
+        frames = _decoded(container, stream)
         first = next(frames, None)
         # Containers seek by decoding times, which run ahead of the times of showing, and some
         # to any packet: the first frame decoded from there may be shown after `limit`, or there
