@@ -34,6 +34,8 @@ def get_config():
     config.prpo.batch = 16
     config.prpo.group_size = 8
     config.prpo.accumulate = 4
+    # Where no answer is known yet only lengths differ: divided by their deviation, they would rule.
+    config.prpo.adv_norm = "none"
     config.prpo.beta = 0.03
     config.prpo.optimizer.learning_rate = 1e-3
     config.eval.batch = 32

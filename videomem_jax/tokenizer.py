@@ -20,7 +20,8 @@ from jaxtyping import Bool
 from videomem_jax.models.config import ConfigError
 
 # Each tag with a text that stands where it stands in notes without tags: its embedding's start.
-TAGS = {"<memory>": "Notes:", "</memory>": "\n", "<answer>": "\n", "</answer>": "\n"}
+# No two are alike, or the tags would have to be told apart first.
+TAGS = {"<memory>": "Notes:", "</memory>": "\n", "<answer>": "Answer", "</answer>": "."}
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
