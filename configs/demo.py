@@ -14,7 +14,7 @@ def get_config():
     config.data.folder = "runs/needle"
     config.data.test_long = "test_long.jsonl"
     config.data.chain_cards = 4
-    config.data.chain_keep = 0.85
+    config.data.chain_keep = 0.8
     # 8 frames of 96x64 pixels a clip of 16 s: a card of 2 s is seen in one of them.
     config.prompt.segments = 4
     config.prompt.frames = 8
@@ -26,10 +26,10 @@ def get_config():
     # A card takes 2 tokens. A video shows 8 on average: 5 fit, and more than 2 cost.
     config.memory.slots = 10
     config.memory.budget = 4
-    config.coldstart.steps = 150
+    config.coldstart.steps = 200
     config.coldstart.batch = 16
     config.coldstart.accumulate = 2
-    config.coldstart.optimizer.learning_rate = 1e-3
+    config.coldstart.optimizer.learning_rate = 2e-3
     config.prpo.steps = 100
     config.prpo.batch = 16
     config.prpo.group_size = 8
@@ -37,7 +37,7 @@ def get_config():
     # Where no answer is known yet only lengths differ: divided by their deviation, they would rule.
     config.prpo.adv_norm = "none"
     config.prpo.beta = 0.03
-    config.prpo.optimizer.learning_rate = 1e-3
+    config.prpo.optimizer.learning_rate = 5e-4
     config.eval.batch = 32
     config.checkpoints.every = 25
     return config

@@ -31,8 +31,8 @@ def test_chains_are_honest(train):
         before = []
         for segment, (memory, answer) in enumerate(zip(memories, answers, strict=True)):
             words = memory.split()
-            held = list(zip(words[1::2], words[::2], strict=True))
-            assert " ".join(f"{picture} {colour}" for colour, picture in held) == memory
+            held = list(zip(words[::2], words[1::2], strict=True))
+            assert " ".join(f"{colour} {picture}" for colour, picture in held) == memory
             assert len(held) <= 3
             new = [
                 (card["colour"], card["picture"])

@@ -1,7 +1,7 @@
 """Supervised chains of memory for the embedded task, and what is on screen at a time.
 
 A memory is the text of some cards in the order in which they were shown, such as
-"cat red star blue"; it is empty where nothing is remembered. Chains are honest (a memory holds
+"red cat blue star"; it is empty where nothing is remembered. Chains are honest (a memory holds
 only what the clips so far showed, and the answer is what that memory supports) but do not look
 at the question: which cards to keep is left for reinforcement learning to find.
 """
@@ -28,11 +28,8 @@ def cards_at(cards: Iterable[CardFacts], times: Iterable[float]) -> list[CardFac
 
 
 def memory_text(cards: Iterable[CardFacts]) -> str:
-    """Picture and colour of each card, all separated by single spaces.
-
-    The picture first: no two cards of a film show the same, so it says which card is meant.
-    """
-    return " ".join(f"{card['picture']} {card['colour']}" for card in cards)
+    """Colour and picture of each card, all separated by single spaces."""
+    return " ".join(f"{card['colour']} {card['picture']}" for card in cards)
 
 
 def chain(

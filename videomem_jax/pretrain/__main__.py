@@ -43,6 +43,10 @@ ANSWER_WEIGHT = 3.0
 MUON_RATE, ADAM_RATE = 3e-2, 3e-3
 
 
+# Tokens that a fresh model's first heads look back, one a key head.
+LOOKS_BACK = (1, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A stretch of training.
@@ -60,8 +64,12 @@ class Part:
     talks: int
 
 
-# First to recognise a card, then to follow a clip: captions of two frames are learnt far sooner.
-PARTS = (Part(400, "pair", 36, 20, 32), Part(1800, "clip", 20, 16, 16))
+# Courses, each with an optimizer of its own. First to recognise a card, then to follow a clip:
+# captions of two frames are learnt far sooner. Then clips once more, now that texts are understood.
+COURSES = (
+    (Part(400, "pair", 36, 20, 32), Part(1700, "clip", 24, 12, 12)),
+    (Part(1500, "clip", 32, 8, 12),),
+)
 
 _OUT = flags.DEFINE_string("out", None, "folder of the base model", required=True)
 _DATA = flags.DEFINE_string("data", "runs/base", "folder for the generated videos")
@@ -249,26 +257,30 @@ def main(_):
     right = jax.jit(lambda params, batch: whole_replies(nnx.merge(graph, params), batch))
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    transform = optimizer(sum(part.steps for part in PARTS))
-    state, begin = (params, transform.init(params)), 0
-    step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
 
-    def save(state):
-        convert.save_pretrained(nnx.merge(graph, state[0]), out)
+    def save(params):
+        convert.save_pretrained(nnx.merge(graph, params), out)
         tokenizer.save(out, tags=False)
 
-    for part in PARTS:
-        state = train(part, begin, state, step, right, films, tokenizer, save)
-        begin += part.steps
+    begin = 0
+    for course in COURSES:
+        transform = optimizer(sum(part.steps for part in course))
+        state = params, transform.init(params)
+        step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
+        for part in course:
+            state = train(part, begin, state, step, right, films, tokenizer, save)
+            begin += part.steps
+        params = state[0]
 
 
 def fresh_model(config: Qwen3VLConfig, seed: int) -> Qwen3VL:
     """A model to train from nothing, with a start that spares it most of the way to look-ups.
 
     Blocks start as the identity, and token embeddings as large as what blocks will add, so that
-    deeper layers find the tokens that they compare. The first head of the first layer starts by
-    looking one token back: to look up what stands beside a word is then one more head. Without
-    this, look-ups had not come after thousands of steps; with it they come within hundreds.
+    deeper layers find the tokens that they compare. Heads of the first layer start by looking one
+    and two tokens back: to look up what stands after a word, or on the next card, is then one more
+    head. Without them look-ups had not come after thousands of steps; with them they come within
+    hundreds.
     """
     model = Qwen3VL(config, rngs=nnx.Rngs(seed))
     decoder, vision, text = model.language_model, model.visual, config.text
@@ -283,24 +295,32 @@ def fresh_model(config: Qwen3VLConfig, seed: int) -> Qwen3VL:
 
     # A part that all embeddings share gives queries and keys a constant part, for which the
     # projections have no bias. It moves all logits alike, which is nothing.
-    keys = jax.random.split(jax.random.key(seed), 2)
+    keys = jax.random.split(jax.random.key(seed), 1 + len(LOOKS_BACK))
     shared = jax.random.normal(keys[0], (d,))
     table = decoder.embed_tokens
     table[...] = table[...] * math.sqrt(d) + shared
     decoder.norm.scale[...] = decoder.norm.scale[...] / math.sqrt(d)
 
-    # The key of a constant query, turned by one position: their product is largest there.
+    # The key of a constant query, turned by so many positions: their product is largest there.
     turning = jnp.arange(h // 2) < 3  # the frequencies that tell neighbours apart
-    angle = layers.frequencies(h, text.rope_theta)
     query = jnp.concatenate([turning, jnp.zeros(h // 2)])
-    key = jnp.concatenate([turning * jnp.cos(angle), turning * jnp.sin(angle)])
     constant = shared[:, None] / jnp.linalg.norm(shared)
-    for linear, direction in ((attention.q_proj, query), (attention.k_proj, key)):
-        linear.kernel[...] = linear.kernel[...].at[0, :, :h].set(constant * direction)
+    group = text.num_attention_heads // text.num_key_value_heads
+    for kv_head, back in enumerate(LOOKS_BACK):
+        angle = back * layers.frequencies(h, text.rope_theta)
+        key = jnp.concatenate([turning * jnp.cos(angle), turning * jnp.sin(angle)])
+        head = kv_head * group
+        for linear, at, direction in (
+            (attention.q_proj, head, query),
+            (attention.k_proj, kv_head, key),
+        ):
+            kernel = linear.kernel[...].at[0, :, at * h : (at + 1) * h].set(constant * direction)
+            linear.kernel[...] = kernel
+        out = jax.random.normal(keys[1 + kv_head], (h, d)) * h**-0.5
+        kernel = attention.o_proj.kernel[...].at[0, head * h : (head + 1) * h].set(out)
+        attention.o_proj.kernel[...] = kernel
     for norm in (attention.q_norm, attention.k_norm):
         norm.scale[...] = norm.scale[...].at[0].set(1 + 0.8 * jnp.tile(turning, 2))
-    out = jax.random.normal(keys[1], (h, d)) * h**-0.5
-    attention.o_proj.kernel[...] = attention.o_proj.kernel[...].at[0, :h].set(out)
     return model
 
 
@@ -357,7 +377,7 @@ def train(part: Part, begin: int, state, step, right, films: Films, tokenizer, s
             parts = ", ".join(f"{x:.3f}" for x in np.mean(losses[-50:], axis=0))
             bar.write(f"step {i + 1}: losses {parts}; whole replies right {whole}")
         if i % 250 == 249 or last:
-            save(state)
+            save(state[0])
     return state
 
 

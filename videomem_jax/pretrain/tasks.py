@@ -38,7 +38,7 @@ class Task:
 
 
 def text(cards: Cards) -> str:
-    """The cards (colour, picture) as words: "cat red star blue"."""
+    """The cards (colour, picture) as words: "red cat blue star"."""
     facts = [{"colour": colour, "picture": picture} for colour, picture in cards]
     return needle_chains.memory_text(facts)
 
@@ -168,18 +168,15 @@ def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
     for _ in range(16):
         kind = rng.random()
         some = [cards[i] for i in rng.permutation(len(cards))[: int(rng.integers(1, 4))]]
-        if kind < 0.15:
-            pictures = " ".join(picture for _, picture in some)
-            turns.append((f"Cards {pictures}.", text(some)))
-        elif kind < 0.25:
+        if kind < 0.1:
             pictures = " ".join(picture for _, picture in some)
             turns.append((f"Colours {pictures}.", " ".join(colour for colour, _ in some)))
-        elif kind < 0.45:
+        elif kind < 0.4:
             some = [card for card in some if colours.count(card[0]) == 1]
             if some:
                 wanted = " ".join(colour for colour, _ in some)
                 turns.append((f"Pictures {wanted}.", " ".join(picture for _, picture in some)))
-        elif kind < 0.6:
+        elif kind < 0.55:
             task = only(rng, cards, "")
             turns.append((task.question or task.tail, task.reply))
         elif asked := ask(rng, cards):

@@ -1,0 +1,152 @@
+"""What the base model is taught: every exchange is true, fits its room, and marks what to learn."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from videomem_jax.data import needle_video
+from videomem_jax.models import layers
+from videomem_jax.models.presets import preset
+from videomem_jax.pretrain import __main__ as pretrain
+from videomem_jax.pretrain import tasks
+from videomem_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def base_tokenizer():
+    """The base model's tokenizer, learnt from fewer lines."""
+    return Tokenizer.train(tasks.corpus(0, lines=300), 640)
+
+
+def read(text):
+    """Cards of a text such as "red cat blue star"."""
+    words = text.split()
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def true_answer(question, cards):
+    """The answer by looking through the cards, and the card (or cards) that it is about."""
+    words = question.rstrip("?").split()
+    if question.startswith("How many"):
+        found = [card for card in cards if card[0] == words[2]]
+        return str(len(found)), found
+    if "picture was on" in question:
+        (found,) = [card for card in cards if card[0] == words[-2]]
+    elif words[-1] in ("first", "last"):
+        found = cards[0 if words[-1] == "first" else -1]
+    else:
+        found = cards[[picture for _, picture in cards].index(words[-1]) + 1]
+    return found[1], [found]
+
+
+def filtered(asked, cards):
+    """What is left of the cards when told "Only ...": by colours or by pictures."""
+    wanted = set(asked.removeprefix("Only ").rstrip(".").split())
+    which = 0 if wanted <= set(needle_video.COLOURS) else 1
+    return [card for card in cards if card[which] in wanted]
+
+
+def check(task, shown=()):
+    """Whether an exchange's reply is what its prompt calls for."""
+    notes, _, order = task.tail.rpartition("\n")
+    cards = [*read(notes.removeprefix("Notes: ").removeprefix("Notes:")), *shown]
+    if "Only" in task.question + order:
+        asked = task.question if task.question else order
+        assert read(task.reply) == filtered(asked, cards) and not task.answer
+    elif order in (tasks.DESCRIBE, tasks.CONTINUE):
+        assert read(task.reply) == (list(shown) if order == tasks.DESCRIBE else cards)
+    else:
+        answer, about = true_answer(task.question, cards)
+        assert not task.options or task.options.count(answer) == 1
+        assert task.answer == ("" if order == tasks.NAME else answer)
+        told = {tasks.NAME: about, tasks.ANSWER: [], tasks.TELL_AND_ANSWER: cards}[order]
+        assert read(task.reply) == told
+    return order
+
+
+def test_exchanges_are_true():
+    rng, seen = np.random.default_rng(0), collections.Counter()
+    for _ in range(1000):
+        seen[check(tasks.without_clip(rng))] += 1
+        shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
+        seen[check(tasks.with_clip(rng, shown), shown)] += 1
+    assert {tasks.DESCRIBE, tasks.CONTINUE, tasks.ANSWER, tasks.NAME} < set(seen)
+
+
+def test_talks_are_true():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        notes, turns = tasks.talk(rng)
+        cards = read(notes.removeprefix("Notes: "))
+        for asked, told in turns:
+            kind, *names = asked.rstrip(".").split()
+            if kind == "Only":
+                assert read(told) == filtered(asked, cards)
+            elif kind == "Colours":
+                colour = {picture: colour for colour, picture in cards}
+                assert told.split() == [colour[name] for name in names]
+            elif kind == "Pictures":
+                assert all(name in [c for c, _ in cards] for name in names)
+                assert told.split() == [p for n in names for c, p in cards if c == n]
+            else:
+                assert told == true_answer(asked, cards)[0]
+
+
+def test_every_exchange_fits(base_tokenizer):
+    rng = np.random.default_rng(2)
+    for i in range(300):
+        pretrain.encode(base_tokenizer, tasks.without_clip(rng), np.zeros(0), pretrain.TEXT_PREFIX)
+        shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
+        times = np.arange(pretrain.FRAMES) * 2.0 + 3 * i
+        row = pretrain.encode(
+            base_tokenizer, tasks.with_clip(rng, shown), times, pretrain.CLIP_PREFIX
+        )
+        assert row["length"] <= pretrain.REPLY
+
+
+def test_what_is_learnt_of_a_talk(base_tokenizer):
+    turns = [("Colours cat.", "red"), ("How many red cards were there?", "1")]
+    row = pretrain.encode_talk(base_tokenizer, "Notes: red cat", turns)
+    learnt = row["reply"][row["weight"] > 0]
+    assert base_tokenizer.decode(learnt) == "red\n1"
+    assert row["length"] == (row["weight"] > 0).sum() + sum(
+        len(base_tokenizer.encode(asked)) for asked, _ in turns
+    )
+    whole = pretrain.encode_talk(base_tokenizer, "Notes: red cat", turns * 20)
+    assert pretrain.TALK - 16 < whole["length"] <= pretrain.TALK
+
+
+def test_an_answer_weighs_more(base_tokenizer):
+    task = tasks.Task("Which card came last?", (), "Notes: red cat\nContinue and answer.", "", "")
+    task = dataclasses.replace(task, reply="red cat", answer="cat")
+    row = pretrain.encode(base_tokenizer, task, np.zeros(0), pretrain.TEXT_PREFIX)
+    (at,) = np.flatnonzero(row["weight"] == pretrain.ANSWER_WEIGHT)
+    assert base_tokenizer.decode(row["reply"][[at]]) == "cat" and at == row["length"] - 2
+
+
+def test_first_heads_of_a_fresh_model_look_back(base_tokenizer):
+    config = preset("tiny", vocab_size=480)
+    decoder = pretrain.fresh_model(config, 0).language_model
+    text, tokens = config.text, np.random.default_rng(0).integers(0, 480, 40)
+    x = decoder.embed_tokens[...][tokens]
+    x = x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True))
+    angles = decoder.angles(jnp.broadcast_to(jnp.arange(40), (3, 40)))
+    group = text.num_attention_heads // text.num_key_value_heads
+
+    def turned(linear, norm, head):
+        y = (x @ linear.kernel[...][0]).reshape(40, -1, text.head_dim)[:, head]
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True)) * norm.scale[...][0]
+        return layers.rotate(y[:, None], angles)[:, 0]
+
+    attention = decoder.layers.self_attn
+    for kv_head, back in enumerate(pretrain.LOOKS_BACK):
+        q = turned(attention.q_proj, attention.q_norm, kv_head * group)
+        k = turned(attention.k_proj, attention.k_norm, kv_head)
+        scores = jnp.where(jnp.tri(40, dtype=bool), q @ k.T * text.head_dim**-0.5, -jnp.inf)
+        weights = np.array(jax.nn.softmax(scores, axis=-1))[back:]
+        assert (weights.argmax(-1) == np.arange(40 - back)).all()
+        assert weights.max(-1).mean() > 0.5
