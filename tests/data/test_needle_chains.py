@@ -53,7 +53,7 @@ def test_chains_are_honest(train):
             if supported and supported[0] in record.options:
                 assert record.options["ABCD".index(answer)] == supported[0]
             else:
-                assert answer == ""
+                assert answer in tuple("ABCD")  # a guess
             before = held
 
 
@@ -78,7 +78,7 @@ def test_nothing_is_taught_where_the_memory_supports_nothing(train):
     for i, record in enumerate(train):
         memories, answers = needle_chains.chain(record, np.random.default_rng(i), 0)
         assert set(memories) == {""}
-        assert set(answers) == {""}
+        assert set(answers) <= set("ABCD")
 
 
 def test_write_chains(tmp_path, train):

@@ -2,8 +2,8 @@
 
 A memory is the text of some cards in the order in which they were shown, such as
 "red cat blue star"; it is empty where nothing is remembered. Chains are honest (a memory holds
-only what the clips so far showed, and the answer is what that memory supports) but do not look
-at the question: which cards to keep is left for reinforcement learning to find.
+only what the clips so far showed, and the answer is what that memory supports, or a guess) but do
+not look at the question: which cards to keep is left for reinforcement learning to find.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ def chain(
     `keep`; while more than `budget_cards` remain, random ones are dropped.
 
     Returns:
-      For each clip, the memory after it, and the letter of the option that the memory supports,
-      or "" where it supports none: there is nothing to be taught then.
+      For each clip, the memory after it, and the letter of the option that the memory supports.
+      Where it supports none, that of any option: left untaught, the format breaks there.
     """
     held: list[CardFacts] = []
     memories, answers = [], []
@@ -54,7 +54,8 @@ def chain(
         memories.append(memory_text(held))
         answer = supported_answer(record, held)
         known = answer in record.options
-        answers.append(records.LETTERS[record.options.index(answer)] if known else "")
+        guess = int(rng.integers(len(record.options)))
+        answers.append(records.LETTERS[record.options.index(answer) if known else guess])
     return tuple(memories), tuple(answers)
 
 
