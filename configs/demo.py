@@ -1,4 +1,4 @@
-"""The main job on a laptop: a tiny Qwen3-VL learns to remember a film. About ten minutes.
+"""The main job on a laptop: a tiny Qwen3-VL learns to remember a film.
 
 python train.py --config=configs/demo.py --workdir=runs/demo
 python eval.py --config=configs/demo.py --workdir=runs/demo

@@ -1,6 +1,5 @@
 """For all tests: 8 virtual devices, compiled code kept on disk, a tiny tokenizer and model."""
 
-import contextlib
 import functools
 import os
 import pathlib
@@ -18,6 +17,7 @@ import pytest
 from absl import flags
 from flax import nnx
 
+from tests.compiling import hasty_options
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.memory import Format
@@ -45,24 +45,10 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@functools.cache
-def _hasty() -> dict:
-    """Compiler options that spare most of the time of compiling, as far as this XLA knows them."""
-    options = {}
-    for name, value in (
-        ("xla_backend_optimization_level", 0),
-        ("xla_cpu_use_fusion_emitters", False),
-    ):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-            options[name] = value
-    return options
-
-
 @pytest.fixture(scope="session")
 def hasty() -> dict:
     """`compiler_options` with which tests compile."""
-    return _hasty()
+    return hasty_options()
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +114,7 @@ class TinyModel:
         """`function(model, *args)` with the parameters as an argument, hastily compiled."""
         compiled = jax.jit(
             lambda state, *args: function(nnx.merge(self.graph, state), *args),
-            compiler_options=_hasty(),
+            compiler_options=hasty_options(),
         )
         return functools.partial(compiled, self.state)
 

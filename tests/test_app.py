@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,7 @@ class Reader:
 
     def __init__(self, model):
         self.settings, self.model, self.asked = model.settings, model, []
-        self.wait = 0.0
+        self.go_on = None  # a semaphore, to be asked before each segment but the first
 
     def read(self, video, question, options, segments):
         self.asked.append((video, question, options, segments))
@@ -42,7 +43,8 @@ class Reader:
 
     def told(self, times, options):
         for i, clip in enumerate(times):
-            time.sleep(self.wait)
+            if i and self.go_on is not None:
+                assert self.go_on.acquire(timeout=60)
             shares = (0.7, 0.2, 0.1)[: len(options or ())]
             yield Segment(
                 number=i + 1,
@@ -215,7 +217,7 @@ def test_a_browser_watches_the_memory(served, reader, tmp_path):
     options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
     service = webdriver.ChromeService(executable_path=DRIVER)
     browser = webdriver.Chrome(options=options, service=service)
-    reader.wait = 1.0
+    reader.go_on = threading.Semaphore(0)
     try:
         browser.get(served)
         find = lambda css: browser.find_elements("css selector", css)  # noqa: E731
@@ -229,14 +231,14 @@ def test_a_browser_watches_the_memory(served, reader, tmp_path):
         until(lambda: find("#ask") and len(find("textarea")) >= 2)
         find("textarea")[1].send_keys("a cat\na frog\na tree")
         find("#ask")[0].click()
-        seen = set()
-
-        def finished():
-            seen.add(len(find(".steps > li")))
-            return find("#status .said") and "Answer" in find("#status")[0].text
-
+        finished = lambda: find("#status .said") and "Answer" in find("#status")[0].text  # noqa: E731
+        for shown in (1, 2):
+            until(lambda n=shown: len(find(".steps > li")) == n)
+            assert not finished()
+            reader.go_on.release()
+        for _ in range(8):
+            reader.go_on.release()
         until(finished)
-        assert seen >= {1, 2, 3}
         assert reader.asked[-1][2] == ["a cat", "a frog", "a tree"]
         images = find(".frames img")
         assert len(images) == 12 and all(int(i.get_property("naturalWidth")) == 160 for i in images)
@@ -258,5 +260,5 @@ def test_a_browser_watches_the_memory(served, reader, tmp_path):
         errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
         assert not [e for e in errors if served in e["message"]], json.dumps(errors)
     finally:
-        reader.wait = 0.0
+        reader.go_on = None
         browser.quit()

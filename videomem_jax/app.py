@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from videomem_jax import run
-from videomem_jax.ask import add_model_arguments, segments_value, sizes, weights_folder
+from videomem_jax.ask import model_parser, segments_value, sizes, weights_folder
 from videomem_jax.models.config import ConfigError
 
 if TYPE_CHECKING:
@@ -170,20 +170,13 @@ def launch(page: gradio.Blocks, host: str, port: int | None, max_mb: int, block:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m videomem_jax.app",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = model_parser("app", __doc__ or "")
     parser.add_argument(
         "--videos", nargs="+", default=[], metavar="DIR", help="folders of videos to pick from"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on")
     parser.add_argument("--port", type=int, help="to serve on (default: the first free from 7860)")
     parser.add_argument("--max-mb", type=int, default=2000, help="largest upload, in megabytes")
-    add_model_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -49,8 +49,20 @@ def sizes(arguments: argparse.Namespace) -> dict:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What this command and the app have in common."""
+def model_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """A parser with what this command and the app have in common.
+
+    Args:
+      name: of the module.
+      doc: its docstring: the help's first line, and what stands at its end.
+    """
+    lines = doc.splitlines()
+    parser = argparse.ArgumentParser(
+        prog=f"python -m videomem_jax.{name}",
+        description=lines[0],
+        epilog="\n".join(lines[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--weights",
         metavar="DIR",
@@ -61,16 +73,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, metavar="N", help="room for a memory, in tokens")
     parser.add_argument("--answer", choices=("letter", "text"), help="how an option is answered")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    return parser
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m videomem_jax.ask",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = model_parser("ask", __doc__ or "")
     parser.add_argument("video", help="a file")
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="to choose the answer from")
@@ -84,7 +91,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, metavar="N", help="read of each segment; even")
     parser.add_argument("--report", metavar="FILE", help="write a page with frames and memories")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -123,12 +129,13 @@ def ask(arguments: argparse.Namespace) -> None:
 
 
 def described(segment) -> str:
-    """A segment as lines of text."""
+    """A segment as two lines of text; the report and --json keep the memory's own lines."""
     from videomem_jax import answer_page
     from videomem_jax.report_timelines import clock
 
     span = f"{clock(segment.times[0])}-{clock(segment.times[-1])}"
-    text = f"[{segment.number}/{segment.of}] {span}  memory: {segment.memory or '(empty)'}"
+    memory = " ".join(segment.memory.split()) or "(empty)"
+    text = f"[{segment.number}/{segment.of}] {span}  memory: {memory}"
     said = answer_page.named(segment)
     if said is None:
         return f"{text}\n    no answer so far"

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.models.scenes import END, IMAGE, START, VIDEO, hasty_jit, random_model
+from tests.compiling import hasty_jit
+from tests.models.scenes import END, IMAGE, START, VIDEO, random_model
 from videomem_jax.models import config as cfg
 
 

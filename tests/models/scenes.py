@@ -4,8 +4,6 @@ Everything is drawn with numpy's frozen generator, so that a seed means the same
 golden outputs are kept by seed alone.
 """
 
-import contextlib
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from tests.compiling import hasty_jit
 from videomem_jax.models import config as cfg
 from videomem_jax.models import convert
 from videomem_jax.models.positions import position_ids
@@ -39,25 +38,6 @@ def random_model(config: cfg.Qwen3VLConfig, seed: int = 0, **options) -> Qwen3VL
 
     values = jax.tree_util.tree_map_with_path(draw, state)
     return nnx.merge(graph, jax.tree.map(jnp.asarray, values))
-
-
-@functools.cache
-def _hasty() -> dict:
-    """Compiler options that spare most of the time of compiling, as far as this XLA knows them."""
-    options = {}
-    for name, value in (
-        ("xla_backend_optimization_level", 0),
-        ("xla_cpu_use_fusion_emitters", False),
-    ):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-            options[name] = value
-    return options
-
-
-def hasty_jit(function):
-    """`jax.jit` for what runs once: five times as quick to compile, slower to run."""
-    return jax.jit(function, compiler_options=_hasty())
 
 
 class Piece(NamedTuple):

@@ -113,7 +113,7 @@ def only(rng: np.random.Generator, cards: Cards, before: str) -> Task:
 
 
 def about(rng: np.random.Generator, cards: Cards, before: str, closed: float) -> Task | None:
-    """A question about cards; None if there are no cards.
+    """A question about cards; None where `ask` found none.
 
     Args:
       rng: of all draws.
