@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from videomem_jax.data import needle_video
 from videomem_jax.models import layers
 from videomem_jax.models.presets import preset
 from videomem_jax.pretrain import __main__ as pretrain
-from videomem_jax.pretrain import tasks
+from videomem_jax.pretrain import scenes, tasks
 from videomem_jax.tokenizer import Tokenizer
 
 
@@ -96,12 +97,70 @@ def test_talks_are_true():
                 assert told == true_answer(asked, cards)[0]
 
 
+@pytest.fixture(scope="module")
+def painter():
+    return scenes.Painter(pretrain.SIZE)
+
+
+def grounds(scene):
+    """Colours of a scene's frames at their four corners: [f, 4, 3]."""
+    height, width = pretrain.SIZE
+    frames = einops.rearrange(
+        scene.patches,
+        "t (bh bw mh mw) (c tp ph pw) -> (t tp) (bh mh ph) (bw mw pw) c",
+        bh=height // 32,
+        bw=width // 32,
+        mh=2,
+        mw=2,
+        tp=2,
+        ph=16,
+        pw=16,
+    )
+    return frames[:, [0, 0, -1, -1], [0, -1, 0, -1]].astype(int)
+
+
+def test_scenes_show_their_cards_in_order(painter):
+    rng = np.random.default_rng(3)
+    for count in (1, 2, 3, 4) * 5:
+        cards = tasks.draw_cards(rng, count)
+        corners, at = grounds(painter.scene(rng, cards, 8)), 0
+        for colour, _ in cards:
+            far = np.abs(corners - needle_video.COLOURS[colour]).max((1, 2))
+            found = np.flatnonzero(far[at:] < 40)
+            assert len(found), (colour, far)
+            at += int(found[0]) + 1
+            at += at % 2  # no two in one patch
+
+
+def test_scenes_differ_but_not_for_one_seed(painter):
+    rng = np.random.default_rng(4)
+    first, second = (painter.scene(rng, [("red", "cat")], 8) for _ in range(2))
+    assert (first.patches != second.patches).mean() > 0.5
+    again = painter.scene(np.random.default_rng(4), [("red", "cat")], 8)
+    np.testing.assert_array_equal(first.patches, again.patches)
+    np.testing.assert_array_equal(first.times, again.times)
+    assert np.unique(np.diff(first.times)).tolist() == [scenes.STEP]
+
+
+def test_a_step_of_exchanges(base_tokenizer, painter):
+    """As the videos' own frames go through the pipeline: the same patches, the same room."""
+    for kind, frames in pretrain.FRAMES.items():
+        part = pretrain.Part(1, kind, seen=5, texts=2, talks=3)
+        seen, texts, talks = pretrain.draw(np.random.default_rng(5), base_tokenizer, painter, part)
+        height, width = pretrain.GRID
+        assert seen["patches"].shape == (5, frames // 2, height * width, 3 * 2 * 16 * 16)
+        assert (seen["slot"] >= 0).sum() == 5 * frames // 2 * height * width // 4
+        assert (len(texts["reply"]), len(talks["reply"])) == (2, 3)
+        for batch in (seen, texts, talks):
+            assert (batch["weight"].sum(-1) > 0).all()
+
+
 def test_every_exchange_fits(base_tokenizer):
     rng = np.random.default_rng(2)
     for i in range(300):
         pretrain.encode(base_tokenizer, tasks.without_clip(rng), np.zeros(0), pretrain.TEXT_PREFIX)
         shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
-        times = np.arange(pretrain.FRAMES) * 2.0 + 3 * i
+        times = np.arange(pretrain.FRAMES["clip"]) * 2.0 + 3 * i
         row = pretrain.encode(
             base_tokenizer, tasks.with_clip(rng, shown), times, pretrain.CLIP_PREFIX
         )

@@ -209,9 +209,8 @@ def _encode(frames: UInt8[np.ndarray, "f y w"]) -> bytes:
     return file.getvalue()
 
 
-@functools.cache
-def _film(part: tuple[int, int]) -> UInt8[np.ndarray, "s y w"]:
-    """Planes of one film frame a second, its middle cut to 3:2 and scaled to WIDTH x HEIGHT."""
+def film_frames(part: tuple[int, int]) -> UInt8[np.ndarray, "s h w 3"]:
+    """One film frame a second, its middle cut to 3:2 and scaled to WIDTH x HEIGHT."""
     frames = video.read_frames(ASSETS / "film/bbb_320x192_1fps.mp4", np.arange(*part))
     height, width = frames.shape[1:3]
     wide = round(height * WIDTH / HEIGHT)
@@ -221,7 +220,13 @@ def _film(part: tuple[int, int]) -> UInt8[np.ndarray, "s y w"]:
         Image.fromarray(frame).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, middle)
         for frame in frames
     ]
-    return np.stack([_planes(np.asarray(image)) for image in scaled])
+    return np.stack([np.asarray(image) for image in scaled])
+
+
+@functools.cache
+def _film(part: tuple[int, int]) -> UInt8[np.ndarray, "s y w"]:
+    """Planes of `film_frames`."""
+    return np.stack([_planes(frame) for frame in film_frames(part)])
 
 
 @functools.cache

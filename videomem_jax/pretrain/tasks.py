@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from videomem_jax.data import needle, needle_chains, needle_video
+from videomem_jax.data import needle_chains, needle_video
 from videomem_jax.tokenizer import LETTERS
 
 Cards = Sequence[tuple[str, str]]
@@ -43,10 +43,15 @@ def text(cards: Cards) -> str:
     return needle_chains.memory_text(facts)
 
 
-def draw_cards(rng: np.random.Generator, count: int, without: Cards = ()) -> list[tuple[str, str]]:
+def draw_cards(
+    rng: np.random.Generator,
+    count: int,
+    without: Cards = (),
+    of: Sequence[str] = needle_video.PICTURES,
+) -> list[tuple[str, str]]:
     """Cards with pictures that differ from each other and from those of `without`."""
     taken = {picture for _, picture in without}
-    free = [p for p in needle_video.PICTURES if p not in taken]
+    free = [p for p in of if p not in taken]
     pictures = rng.choice(free, count, replace=False)
     # A narrow palette makes colours repeat, which counting needs.
     palette = rng.choice(list(needle_video.COLOURS), int(rng.integers(2, 9)), replace=False)
@@ -206,8 +211,3 @@ def corpus(seed: int, lines: int = 4000) -> Iterator[str]:
         notes, turns = talk(rng)
         yield "\n".join([notes, *(f"{asked} {told}" for asked, told in turns)])
         yield f"user\n{task.question}\n{options}{stamp}{task.tail} {reply}\nassistant\n"
-
-
-def spec(videos: int) -> dict[str, needle.SplitSpec]:
-    """The base model's own videos: none of the demo's, and none of its test film."""
-    return {"base": needle.SplitSpec(videos, 6, 4, "train", 101)}
