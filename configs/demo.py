@@ -23,6 +23,8 @@ def get_config():
     # So small a model answers with an option's word: to find its letter is a skill of its own.
     config.prompt.answer = "text"
     config.prompt.options = 4
+    # Else the last answer can be read off the prompt, and no reward asks to keep what it needs.
+    config.prompt.answer_from = "memory"
     # A card takes 2 tokens. A video shows 8 on average: 5 fit, and more than 2 cost.
     config.memory.slots = 10
     config.memory.budget = 4

@@ -74,6 +74,33 @@ def test_scores_are_those_of_sampling(drawn, kind):
         assert (out.logprobs[:, :, 0] == 0).all() and (out.entropy[:, :, 0] == 0).all()
 
 
+def test_answers_from_memory(draw, drawn, form_of):
+    """What follows a memory is drawn without the clip, what stands in it as ever."""
+    out, (logprobs, entropies) = draw(form_of("forced", SLOTS).grammar.replace(from_memory=True))
+    np.testing.assert_allclose(logprobs[out.mask], out.logprobs[out.mask], atol=1e-4)
+    np.testing.assert_allclose(entropies[out.mask], out.entropy[out.mask], atol=1e-4)
+    everything = drawn("forced")[0]
+    states = np.array(fmt.states(form_of("forced", SLOTS).grammar, out.tokens))
+    # Same keys, so the same memories; behind them the prompt is not what it was.
+    before = states <= State.FULL
+    np.testing.assert_array_equal(out.tokens[before], everything.tokens[before])
+    np.testing.assert_allclose(out.logprobs[before], everything.logprobs[before], atol=1e-5)
+    answer = states == State.ANSWER
+    assert (np.abs(out.entropy - everything.entropy)[answer] > 1e-4).mean() > 0.9
+
+
+def test_what_is_seen_of_a_prompt(form_of):
+    question, pad = [True, True, False, False, False], [True, True, True, True, False]
+    context = rollout.Context(None, jnp.array([pad]), jnp.array([question]), None, None)
+    grammar = form_of("free", SLOTS).grammar
+    state = jnp.array([[list(State)]])
+    np.testing.assert_array_equal(rollout.visible(grammar, context, state), [pad])
+    seen = rollout.visible(grammar.replace(from_memory=True), context, state)[0, 0]
+    for which, row in zip(State, seen, strict=True):
+        hidden = State.REMEMBERED <= which <= State.DONE
+        np.testing.assert_array_equal(row, question if hidden else pad, err_msg=which.name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_end_with_the_completions(drawn, tokenizer, kind):
     """Up to and including the end, however long the others are."""

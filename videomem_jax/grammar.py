@@ -55,6 +55,7 @@ class Grammar:
     forced: whether only tokens that keep to the format may be sampled.
     slots: room for memory tokens.
     room: for the tokens of a choice.
+    from_memory: whether what follows a memory is written from it and the question alone.
     """
 
     allowed: Bool[Array, "states vocab"]
@@ -64,6 +65,7 @@ class Grammar:
     forced: Bool[Array, ""]
     slots: int = struct.field(pytree_node=False)
     room: int = struct.field(pytree_node=False)
+    from_memory: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def size(self) -> int:
@@ -87,7 +89,12 @@ class Parsed(NamedTuple):
 
 
 def build(
-    tokenizer: Tokenizer, vocab: int, slots: int, room: int = 1, forced: bool = False
+    tokenizer: Tokenizer,
+    vocab: int,
+    slots: int,
+    room: int = 1,
+    forced: bool = False,
+    from_memory: bool = False,
 ) -> Grammar:
     """The machine for a tokenizer.
 
@@ -98,6 +105,7 @@ def build(
       room: for the tokens of a choice.
       forced: only tokens that keep to the format may be sampled. A model that was never taught
         the format can be evaluated this way.
+      from_memory: what follows a memory is written from it and the question alone (`sees_clip`).
     """
     ids = tokenizer.ids
     text = tokenizer.text_mask(vocab)
@@ -129,6 +137,7 @@ def build(
         slots=slots,
         room=room,
         forced=jnp.array(forced),
+        from_memory=from_memory,
     )
 
 
@@ -158,6 +167,17 @@ def advance(
 def ended(state: Int[Array, "*b"]) -> Bool[Array, "*b"]:
     """Whether a completion needs no further token."""
     return (state == State.DONE) | (state == State.FAILED)
+
+
+def sees_clip(grammar: Grammar, state: Int[Array, "*b"]) -> Bool[Array, "*b"]:
+    """Whether a token that is chosen in a state may depend on the clip and the memory before.
+
+    The reward of a step is that of its own answer. Where this may be read off the prompt, nothing
+    is lost at once by leaving a fact out of the new memory, though all later answers need it; where
+    it must be read off the new memory, the reward of each step is one for what the memory keeps.
+    """
+    after = (state >= State.REMEMBERED) & (state <= State.DONE)
+    return ~(after & grammar.from_memory)
 
 
 def states(grammar: Grammar, tokens: Int[Array, "*b c"]) -> Int[Array, "*b c"]:

@@ -39,10 +39,14 @@ class Completions(NamedTuple):
 
 
 class Context(NamedTuple):
-    """A prompt that has been run: all of it but its last token, which opens the completions."""
+    """A prompt that has been run: all of it but its last token, which opens the completions.
+
+    mask: tokens that exist; question: those of them that stand before the clip.
+    """
 
     kv: KV
     mask: Bool[Array, "n p"]
+    question: Bool[Array, "n p"]
     last: Int[Array, " n"]
     position: Int[Array, " n"]
 
@@ -60,7 +64,19 @@ def read(model: Qwen3VL, prompt: Prompt, features: VisionFeatures) -> Context:
         features,
         prompt.slot[:, :-1],
     )
-    return Context(kv, prompt.mask[:, :-1], prompt.tokens[:, -1], prompt.next_position - 1)
+    mask = prompt.mask[:, :-1]
+    question = mask & (jnp.cumsum(prompt.slot[:, :-1] >= 0, axis=1) == 0)
+    return Context(kv, mask, question, prompt.tokens[:, -1], prompt.next_position - 1)
+
+
+def visible(
+    grammar: fmt.Grammar, context: Context, state: Int[Array, "n r s"]
+) -> Bool[Array, "n p"] | Bool[Array, "n r s p"]:
+    """What of the prompts is seen in choosing tokens, given the states in which they are chosen."""
+    if not grammar.from_memory:
+        return context.mask
+    clip = fmt.sees_clip(grammar, state)[..., None]
+    return jnp.where(clip, context.mask[:, None, None], context.question[:, None, None])
 
 
 def log_softmax(
@@ -108,7 +124,8 @@ def sample(
     def one(carry):
         index, token, state, length, cache, out = carry
         position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
-        hidden, cache = model.step(token, position, cache, index, context.kv, context.mask)
+        seen = visible(grammar, context, state[..., None])
+        hidden, cache = model.step(token, position, cache, index, context.kv, seen)
         logp = log_softmax(
             model.logits(hidden), fmt.permitted(grammar, state, choices), temperature
         )
@@ -176,10 +193,11 @@ def choice_logprobs(
         position[:, :, None],
         mask[:, None],
         context=context.kv,
-        context_mask=context.mask,
+        context_mask=visible(grammar, context, fmt.states(grammar, tokens)[:, None]),
     )
     joined = KV(*(jnp.concatenate([a, b[:, :, 0]], 2) for a, b in zip(context.kv, kv, strict=True)))
     used = choices >= 0
+    prompt_mask = context.question if grammar.from_memory else context.mask
     first = jnp.full((n, count, 1), opening)
     inputs = jnp.concatenate([first, jnp.maximum(choices, 0)], axis=2)
     place = jnp.arange(room + 1)
@@ -189,7 +207,7 @@ def choice_logprobs(
         jnp.broadcast_to(position, (3, *inputs.shape)),
         jnp.ones(inputs.shape, bool),
         joined,
-        jnp.concatenate([context.mask, mask], axis=1),
+        jnp.concatenate([prompt_mask, mask], axis=1),
     )
     # As long as the longest choice of the row: behind it there is nothing but the closing tag.
     longest = used.sum(-1).max(-1)[:, None, None]
@@ -223,8 +241,9 @@ def score(
     first = jnp.broadcast_to(context.last[:, None, None], (n, r, 1))
     inputs = jnp.concatenate([first, tokens[:, :, :-1]], axis=2)
     position = jnp.broadcast_to(context.position[:, None, None] + jnp.arange(c), (3, n, r, c))
-    hidden = model.complete(inputs, position, mask, context.kv, context.mask)
-    allowed = fmt.permitted(grammar, fmt.states(grammar, tokens), choices)
+    state = fmt.states(grammar, tokens)
+    hidden = model.complete(inputs, position, mask, context.kv, visible(grammar, context, state))
+    allowed = fmt.permitted(grammar, state, choices)
     logp = log_softmax(model.logits(hidden), allowed, temperature)
     chosen = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
     return jnp.where(mask, chosen, 0.0), jnp.where(mask, entropy(logp), 0.0)

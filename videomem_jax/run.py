@@ -254,7 +254,14 @@ def make_format(
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows"
         )
-    machine = grammar.build(tokenizer, vocab, s.memory.slots, s.prompt.answer_tokens, forced)
+    machine = grammar.build(
+        tokenizer,
+        vocab,
+        s.memory.slots,
+        s.prompt.answer_tokens,
+        forced,
+        from_memory=s.prompt.answer_from == "memory",
+    )
     return Format(machine, tokenizer.ids, turn_end(tokenizer))
 
 

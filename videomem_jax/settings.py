@@ -64,6 +64,7 @@ class Prompt:
     prefix_tokens: int = 3072  # room for question, options and clip
     answer: str = "letter"  # how an option is answered: "letter", or "text", its own words
     answer_tokens: int = 1  # room for an answer
+    answer_from: str = "all"  # what an answer may be read off: "all", or question and "memory"
     options: int = 10  # most options that a question has
 
 
@@ -265,6 +266,7 @@ def _check(s: Settings) -> None:
     one_of("hardware", s.hardware, "any", "tpu", "gpu")
     one_of("model.dtype", s.model.dtype, "float32", "bfloat16")
     one_of("prompt.answer", s.prompt.answer, "letter", "text")
+    one_of("prompt.answer_from", s.prompt.answer_from, "all", "memory")
     one_of("data.task", s.data.task, "records", "needle")
     one_of("prpo.adv_norm", s.prpo.adv_norm, "std", "none")
     one_of("prpo.loss_agg", s.prpo.loss_agg, "seq", "token", "constant")

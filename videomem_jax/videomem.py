@@ -278,7 +278,10 @@ class VideoMem:
         key = (room, forced)
         if key not in self._grammars:
             slots = self.settings.memory.slots
-            self._grammars[key] = fmt.build(self._tokenizer, self._vocab, slots, *key)
+            memory = self.settings.prompt.answer_from == "memory"
+            self._grammars[key] = fmt.build(
+                self._tokenizer, self._vocab, slots, *key, from_memory=memory
+            )
         return self._grammars[key]
 
     def _segments(self, video, question, options, times, size, choices) -> Iterator[Segment]:

@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "n r s"],
         *,
         context: KV | None = None,
-        context_mask: Bool[Array, "n p"] | None = None,
+        context_mask: Bool[Array, "n p"] | Bool[Array, "n r s p"] | None = None,
         deepstack: DeepStack | None = None,
     ) -> tuple[Float[Array, "n r s d"], KV]:
         """Runs the layers over r sequences a row; causal among themselves, after the context.
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
           positions: time, height and width position of each token.
           mask: tokens that exist; the others are seen by none and their output means nothing.
           context: keys and values [L, n, p, k, h] of the prompt that a row's sequences share.
-          context_mask: prompt positions that exist.
+          context_mask: prompt positions that exist, or those that each token sees.
           deepstack: vision features (for r = 1).
 
         Returns:
@@ -161,7 +161,7 @@ class Decoder(nnx.Module):
         index: Int[Array, ""],
         *,
         context: KV,
-        context_mask: Bool[Array, "n p"],
+        context_mask: Bool[Array, "n p"] | Bool[Array, "n r 1 p"],
     ) -> tuple[Float[Array, "n r d"], KV]:
         """One token of each of n x r completions, the `index`-th of all of them.
 

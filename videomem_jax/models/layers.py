@@ -121,7 +121,7 @@ def attend(
     v: Float[Array, "n r c K h"],
     mask: Bool[Array, "n r s c"],
     context: tuple[Float[Array, "n p K h"], Float[Array, "n p K h"]] | None = None,
-    context_mask: Bool[Array, "n p"] | None = None,
+    context_mask: Bool[Array, "n p"] | Bool[Array, "n r s p"] | None = None,
 ) -> Float[Array, "n r s N h"]:
     """Grouped-query attention of r sequences to themselves and to the prompt that they share.
 
@@ -134,7 +134,7 @@ def attend(
       k, v: the sequences' own keys and values.
       mask: which own key a query sees.
       context: keys and values of the shared prompt, or None.
-      context_mask: which prompt positions exist.
+      context_mask: which prompt positions exist, or which of them each query sees.
     """
     heads_kv, head_dim = k.shape[-2:]
     q = rearrange(q, "n r s (k g) h -> n r s k g h", k=heads_kv) * head_dim**-0.5
@@ -146,7 +146,9 @@ def attend(
     else:
         k_prompt, v_prompt = context
         prompt = jnp.einsum("nrskgh,npkh->nkrsgp", q, k_prompt).astype(jnp.float32)
-        prompt = jnp.where(rearrange(context_mask, "n p -> n 1 1 1 1 p"), prompt, MASKED)
+        if context_mask.ndim == 2:
+            context_mask = context_mask[:, None, None]
+        prompt = jnp.where(rearrange(context_mask, "n r s p -> n 1 r s 1 p"), prompt, MASKED)
         size = prompt.shape[-1]
         weights = jax.nn.softmax(jnp.concatenate([prompt, own], axis=-1), axis=-1).astype(v.dtype)
         out = jnp.einsum("nkrsgp,npkh->nrskgh", weights[..., :size], v_prompt)

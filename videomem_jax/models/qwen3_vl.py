@@ -76,7 +76,7 @@ class Qwen3VL(nnx.Module):
         positions: Int[Array, "3 n r s"],
         mask: Bool[Array, "n r s"],
         context: KV,
-        context_mask: Bool[Array, "n p"],
+        context_mask: Bool[Array, "n p"] | Bool[Array, "n r s p"],
     ) -> Float[Array, "n r s d"]:
         """Hidden states of r completions a prompt, the prompt's keys and values being shared."""
         hidden, _ = self.language_model(
@@ -91,7 +91,7 @@ class Qwen3VL(nnx.Module):
         cache: KV,
         index: Int[Array, ""],
         context: KV,
-        context_mask: Bool[Array, "n p"],
+        context_mask: Bool[Array, "n p"] | Bool[Array, "n r 1 p"],
     ) -> tuple[Float[Array, "n r d"], KV]:
         """Hidden states of the completions' next token; see `Decoder.step`."""
         return self.language_model.step(
