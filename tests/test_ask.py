@@ -19,7 +19,9 @@ def weights(tmp_path_factory):
     """The shipped base model with small sizes beside it, as train.py leaves them."""
     folder = tmp_path_factory.mktemp("model") / "model"
     shutil.copytree(ASSETS / "tiny_base", folder)
-    prompt = settings.Prompt(2, 4, 6 * 32 * 32, 104, "text", 1, 4)
+    prompt = settings.Prompt(
+        segments=2, frames=4, max_pixels=6 * 32 * 32, prefix_tokens=104, answer="text", options=4
+    )
     sized = settings.Settings(prompt=prompt, memory=settings.Memory(slots=6, budget=4))
     settings.save_sizes(sized, folder)
     return folder

@@ -175,6 +175,11 @@ def test_sizes_travel_with_a_model(tmp_path):
         cfg.load_sizes(tmp_path, slot=3)
     with pytest.raises(ConfigError, match="config.prompt.frames=3 must be an even number"):
         cfg.load_sizes(tmp_path, frames=3)
+    # Of an older version, which had not got all keys.
+    older = {"prompt": {"frames": 6}, "memory": {"slots": 9, "budget": 4}}
+    (tmp_path / cfg.SIZES_FILE).write_text(json.dumps(older))
+    found = cfg.load_sizes(tmp_path)
+    assert found.prompt == cfg.Prompt(frames=6) and found.memory.slots == 9
     (tmp_path / cfg.SIZES_FILE).write_text("{}")
     with pytest.raises(ConfigError, match=r"videomem\.json is not what train.py writes"):
         cfg.load_sizes(tmp_path)

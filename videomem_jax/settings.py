@@ -218,7 +218,8 @@ def load_sizes(folder: str | os.PathLike, **changes) -> Settings:
     if file.is_file():
         try:
             found = json.loads(file.read_text())
-            values |= {key: dict(found[key]) for key in _SIZES}
+            # A key that the file has not got is younger than the file: its default is what was.
+            values |= {key: values[key] | dict(found[key]) for key in _SIZES}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} is not what train.py writes ({error!r})") from None
     keys = {key: part for part in reversed(_SIZES) for key in values[part]}
