@@ -41,7 +41,7 @@ class Completions(NamedTuple):
 class Context(NamedTuple):
     """A prompt that has been run: all of it but its last token, which opens the completions.
 
-    mask: tokens that exist; question: those of them that stand before the clip.
+    mask: tokens that exist; question: those of them before the clip's first frame.
     """
 
     kv: KV

@@ -74,7 +74,7 @@ def test_chains_keep_cards_at_the_rate_asked_for(train):
     assert sum(kept) / sum(shown) == pytest.approx(0.5, abs=0.03)
 
 
-def test_nothing_is_taught_where_the_memory_supports_nothing(train):
+def test_answers_are_guessed_where_the_memory_supports_none(train):
     for i, record in enumerate(train):
         memories, answers = needle_chains.chain(record, np.random.default_rng(i), 0)
         assert set(memories) == {""}

@@ -56,7 +56,7 @@ class Painter:
           frames: even.
         """
         shown = np.empty((frames, *self._size, 3), np.uint8)
-        # Film of 8 s and more in one piece, as in the task's videos.
+        # A clip may hold a cut, as in the task's videos; a pair is too short for one.
         cut = int(rng.integers(frames + 1)) if frames * STEP > 8 else frames
         shown[:cut], shown[cut:] = self._stretch(rng, cut), self._stretch(rng, frames - cut)
         places = np.sort(rng.choice(frames // PAIR, len(cards), replace=False))
