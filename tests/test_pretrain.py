@@ -7,13 +7,15 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from videomem_jax.data import needle_video
 from videomem_jax.models import layers
 from videomem_jax.models.presets import preset
 from videomem_jax.pretrain import __main__ as pretrain
-from videomem_jax.pretrain import scenes, tasks
+from videomem_jax.pretrain import scenes, tasks, tower
 from videomem_jax.tokenizer import Tokenizer
 
 
@@ -140,6 +142,58 @@ def test_scenes_differ_but_not_for_one_seed(painter):
     np.testing.assert_array_equal(first.patches, again.patches)
     np.testing.assert_array_equal(first.times, again.times)
     assert np.unique(np.diff(first.times)).tolist() == [scenes.STEP]
+
+
+def test_pairs_show_what_they_are_named(painter):
+    """By the ground's colour at the corners; where a card is bent its ground goes on there."""
+    pool = tower.Pool(painter, 24, [0])
+    patches, names = pool.pairs(np.random.default_rng(0), 200)
+    none = np.array(tower.NAMES) - 1
+    carded = (names < none).all(-1)
+    assert ((names == none).all(-1) | carded).all() and 0.7 < carded.mean() < 0.95
+    colours, seen = list(needle_video.COLOURS.values()), set()
+    for pair, (colour, picture) in zip(patches[carded], names[carded], strict=True):
+        far = np.abs(grounds(scenes.Scene(pair, np.zeros(2))) - colours[colour]).max((1, 2))
+        assert (far < 40).sum() >= 1
+        seen.add((colour, picture))
+    assert len(seen) > 10
+
+
+def test_a_pool_is_painted_anew_from_its_oldest_on(painter):
+    pool, same = (tower.Pool(painter, 6, [1]) for _ in range(2))
+    before = pool._cards.copy()
+    np.testing.assert_array_equal(before, same._cards)
+    pool.renew(np.random.default_rng(2), 4)
+    assert ((pool._cards != before).any((1, 2, 3)) == ([True] * 4 + [False] * 2)).all()
+    pool.renew(np.random.default_rng(3), 2)
+    assert (pool._cards != before).any((1, 2, 3)).all()
+
+
+def test_the_tower_learns_to_name(painter):
+    """Heads of zeros know nothing: both names cost as much as a guess; some steps halve that."""
+    model = pretrain.fresh_model(preset("tiny", vocab_size=480), 0)
+    patches, names = tower.Pool(painter, 8, [3]).pairs(np.random.default_rng(1), 16)
+    graph, params = nnx.split(model.visual)
+    heads = jnp.zeros((3, 128, sum(tower.NAMES)))
+
+    @jax.jit
+    def loss(params):
+        each, _ = tower.losses(
+            nnx.merge(graph, params[0]), params[1], patches, names, pretrain.SIZE
+        )
+        return each.sum(), each
+
+    grad = jax.jit(jax.grad(loss, has_aux=True))
+    params = (params, heads)
+    _, first = grad(params)
+    np.testing.assert_allclose(first, sum(np.log(tower.NAMES)), rtol=1e-5)
+    transform = optax.adam(3e-3)
+    opt = transform.init(params)
+    for _ in range(20):
+        grads, each = grad(params)
+        updates, opt = transform.update(grads, opt)
+        params = optax.apply_updates(params, updates)
+    assert (each < 0.5 * first).all(), each
 
 
 def test_a_step_of_exchanges(base_tokenizer, painter):

@@ -101,6 +101,31 @@ def test_what_is_seen_of_a_prompt(form_of):
         np.testing.assert_array_equal(row, question if hidden else pad, err_msg=which.name)
 
 
+@pytest.mark.parametrize("from_memory", [False, True])
+def test_choices_are_weighed_as_they_would_be_drawn(tiny, form_of, opening, tokenizer, from_memory):
+    """Each by the probability with which the completion goes on with it, scored one by one."""
+    grammar = form_of("forced", SLOTS).grammar.replace(from_memory=from_memory)
+
+    def run(model, batch, before, grammar, key):
+        context, choices = read(model, form_of("forced", SLOTS), batch, before), batch.choices
+        out = rollout.sample(model, grammar, context, choices, key, count=1, temperature=1.0)
+        tokens = out.tokens[:, 0]
+        weighed = rollout.choice_logprobs(model, grammar, context, choices, tokens)
+        at = jnp.argmax(tokens == tokenizer.ids.answer_open, axis=-1) + 1
+        shape = (*choices.shape[:2], SIZE)
+        here = jnp.arange(SIZE) == at[:, None, None]
+        each = jnp.where(here, choices, jnp.broadcast_to(tokens[:, None], shape))
+        mask = jnp.broadcast_to(out.mask, shape)
+        scores, _ = rollout.score(model, grammar, context, choices, each, mask, temperature=1.0)
+        return weighed, jnp.where(here, scores, 0.0).sum(-1)
+
+    weighed, scores = tiny.jit(run)(*opening, grammar, jax.random.key(3))
+    there = opening[0].choices[..., 0] >= 0
+    assert there.sum(-1).tolist() == [2, 3]
+    np.testing.assert_allclose(weighed[there], scores[there], atol=1e-4)
+    assert (np.asarray(weighed)[~there] == -np.inf).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_end_with_the_completions(drawn, tokenizer, kind):
     """Up to and including the end, however long the others are."""

@@ -260,7 +260,7 @@ def make_format(
         s.memory.slots,
         s.prompt.answer_tokens,
         forced,
-        from_memory=s.prompt.answer_from == "memory",
+        from_memory=s.prompt.from_memory,
     )
     return Format(machine, tokenizer.ids, turn_end(tokenizer))
 

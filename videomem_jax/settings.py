@@ -66,6 +66,16 @@ class Prompt:
     answer_tokens: int = 1  # room for an answer
     answer_from: str = "all"  # what an answer may be read off: "all", or question and "memory"
     options: int = 10  # most options that a question has
+    tell_end: bool = False  # say with each clip whether it is the video's last
+
+    @property
+    def from_memory(self) -> bool:
+        """Whether an answer may be read off the question and the new memory only."""
+        return self.answer_from == "memory"
+
+    def is_last(self, segment: int, segments: int) -> bool | None:
+        """What the prompt of a segment (from 0) says of the video's end; None for nothing."""
+        return segment == segments - 1 if self.tell_end else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -278,7 +278,7 @@ class VideoMem:
         key = (room, forced)
         if key not in self._grammars:
             slots = self.settings.memory.slots
-            memory = self.settings.prompt.answer_from == "memory"
+            memory = self.settings.prompt.from_memory
             self._grammars[key] = fmt.build(
                 self._tokenizer, self._vocab, slots, *key, from_memory=memory
             )
@@ -297,10 +297,12 @@ class VideoMem:
             frames = videos.read_frames(video, clip_times, size)
             clip = make_clips(frames, 1, p.max_pixels)
 
-            def written(length, clip_times=clip_times):
+            last = p.is_last(number - 1, len(times))
+
+            def written(length, clip_times=clip_times, last=last):
                 grid = (height // 16, width // 16)
                 how = (tokenizer, question, options, clip_times, grid, length)
-                return prompts.write_prefix(*how, room=p.max_pixels // 1024)
+                return prompts.write_prefix(*how, room=p.max_pixels // 1024, last=last)
 
             # One static length; it grows (and compiles again) only for a question that needs it.
             needed = len(written(None).tokens)

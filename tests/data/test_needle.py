@@ -142,8 +142,8 @@ def test_splits_share_nothing(demo):
             assert cut.min() >= 0
             assert cut.max() < seconds
     digits = needle_video._digits()
-    assert digits.shape == (10, 60, 8, 8)
-    assert len(np.unique(digits.reshape(600, -1), axis=0)) == 600
+    assert digits.shape == (10, 174, 8, 8)
+    assert len(np.unique(digits.reshape(1740, -1), axis=0)) == 1740
 
     specs = needle.DEMO_SPLITS
     assert len({spec.seed for spec in specs.values()}) == len(specs)

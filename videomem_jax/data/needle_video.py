@@ -55,9 +55,9 @@ class Part:
 
 
 PARTS = {
-    "train": Part(film=(0, 330), digits=(0, 40)),
-    "val": Part(film=(335, 395), digits=(40, 45)),
-    "test": Part(film=(400, 485), digits=(45, 60)),
+    "train": Part(film=(0, 330), digits=(0, 140)),
+    "val": Part(film=(335, 395), digits=(140, 150)),
+    "test": Part(film=(400, 485), digits=(150, 174)),
 }
 
 

@@ -105,8 +105,9 @@ class Loader:
                 (height // 16, width // 16),
                 sizes.prefix_tokens,
                 room=sizes.max_pixels // 1024,
+                last=sizes.is_last(i, self.segments),
             )
-            for t in times
+            for i, t in enumerate(times)
         ]
         return Batch(
             prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),

@@ -60,13 +60,13 @@ def preset(name: str, vocab_size: int | None = None) -> Qwen3VLConfig:
             tie_word_embeddings=True,
         )
         vision = VisionConfig(
-            depth=3,
-            hidden_size=64,
-            intermediate_size=128,
+            depth=4,
+            hidden_size=96,
+            intermediate_size=192,
             num_heads=4,
             out_hidden_size=128,
             num_position_embeddings=64,
-            deepstack_visual_indexes=(0, 1),
+            deepstack_visual_indexes=(1, 2),
         )
         return Qwen3VLConfig(text=text, vision=vision)
     raise ConfigError(f"model preset {name!r} is unknown: choose tiny, 2b, 4b, 8b or 32b")

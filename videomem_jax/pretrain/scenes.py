@@ -36,16 +36,17 @@ class Scene(NamedTuple):
 
 
 class Painter:
-    """Composes scenes of the train part of film and handwriting.
+    """Composes scenes of a part of film and handwriting.
 
     Args:
       size: height and width of frames in pixels.
+      part: of film and handwriting, a key of `needle_video.PARTS`.
     """
 
-    def __init__(self, size: tuple[int, int]):
-        self._part = needle_video.PARTS["train"]
+    def __init__(self, size: tuple[int, int], part: str = "train"):
+        self._part = needle_video.PARTS[part]
         self._film = needle_video.film_frames(self._part.film)
-        self._size = size
+        self.size = size
 
     def scene(self, rng: np.random.Generator, cards: Cards, frames: int) -> Scene:
         """A clip that shows these cards in order, each in one frame and no two in one patch.
@@ -55,29 +56,34 @@ class Painter:
           cards: (colour, picture), one for each two frames at most.
           frames: even.
         """
-        shown = np.empty((frames, *self._size, 3), np.uint8)
+        shown = np.empty((frames, *self.size, 3), np.uint8)
         # A clip may hold a cut, as in the task's videos; a pair is too short for one.
         cut = int(rng.integers(frames + 1)) if frames * STEP > 8 else frames
-        shown[:cut], shown[cut:] = self._stretch(rng, cut), self._stretch(rng, frames - cut)
+        shown[:cut], shown[cut:] = self.stretch(rng, cut), self.stretch(rng, frames - cut)
         places = np.sort(rng.choice(frames // PAIR, len(cards), replace=False))
         for place, card in zip(
             places * PAIR + rng.integers(0, PAIR, len(cards)), cards, strict=True
         ):
-            shown[place] = self._card(rng, *card)
+            shown[place] = self.card(rng, *card)
         # At any time of a long film, so that no time is strange later.
         times = int(rng.integers(0, 128)) + STEP * np.arange(frames)
         return Scene(video.patchify(shown), times)
 
-    def _card(self, rng, colour: str, picture: str):
+    def card(
+        self, rng: np.random.Generator, colour: str, picture: str
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """A frame with a card, half of the time slightly turned and stretched."""
         card = needle_video.Card(colour, picture, 0.0, 0)
         image = Image.fromarray(needle_video.draw_card(rng, card, self._part.digits))
+        if rng.random() < 0.5:
+            image = _bent(rng, image)
         # In place of the videos' H.264: the same kind of loss, and coarser colours too.
         file = io.BytesIO()
         image.save(file, "jpeg", quality=int(rng.integers(50, 96)))
         return self._resized(Image.open(file))
 
-    def _stretch(self, rng, frames: int):
-        """Frames without a card: [frames, h, w, 3]."""
+    def stretch(self, rng: np.random.Generator, frames: int) -> UInt8[np.ndarray, "f h w 3"]:
+        """Frames without a card."""
         if rng.random() < BLURRED:
             coarse = rng.integers(1, 6, 2)
             drawn = rng.integers(0, 256, (frames, *coarse, 3), dtype=np.uint8)
@@ -94,11 +100,29 @@ class Painter:
         return recoloured(rng, film) if rng.random() < RECOLOURED else film
 
     def _resized(self, image: Image.Image, box=None):
-        height, width = self._size
+        height, width = self.size
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
 
     def _stack(self, frames):
-        return np.array(list(frames), np.uint8).reshape(-1, *self._size, 3)
+        return np.array(list(frames), np.uint8).reshape(-1, *self.size, 3)
+
+
+def _bent(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """A card turned by a few degrees and stretched: others write the same digit otherwise."""
+    angle, skew = np.deg2rad(rng.uniform(-10, 10)), rng.uniform(-0.15, 0.15)
+    scale = np.exp(rng.uniform(-0.15, 0.15, 2))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = turn @ np.array([[scale[0], skew], [0.0, scale[1]]])
+    centre = np.array(image.size) / 2
+    rows = np.column_stack([matrix, centre - matrix @ centre])
+    ground = image.getpixel((0, 0))
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        rows.reshape(-1).tolist(),
+        Image.Resampling.BILINEAR,
+        fillcolor=ground,
+    )
 
 
 def recoloured(
