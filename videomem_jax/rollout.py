@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import grammar as fmt
-from videomem_jax.models.decoder import KV
+from videomem_jax.models.decoder import KV, for_steps
 from videomem_jax.models.layers import MASKED
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
@@ -115,7 +115,7 @@ def sample(
       greedy: take the most likely token in place of a draw.
     """
     n, size = context.last.shape[0], grammar.size
-    shape = (n, count)
+    shape, kv = (n, count), for_steps(context.kv)
 
     def more(carry):
         index, state = carry[0], carry[2]
@@ -125,7 +125,7 @@ def sample(
         index, token, state, length, cache, out = carry
         position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
         seen = visible(grammar, context, state[..., None])
-        hidden, cache = model.step(token, position, cache, index, context.kv, seen)
+        hidden, cache = model.step(token, position, cache, index, kv, seen)
         logp = log_softmax(
             model.logits(hidden), fmt.permitted(grammar, state, choices), temperature
         )

@@ -15,6 +15,7 @@ from flax import nnx
 from tests.compiling import hasty_jit
 from videomem_jax.models import config as cfg
 from videomem_jax.models import convert
+from videomem_jax.models.decoder import for_steps
 from videomem_jax.models.positions import position_ids
 from videomem_jax.models.qwen3_vl import Qwen3VL, abstract
 from videomem_jax.models.vision import VisionFeatures
@@ -251,7 +252,7 @@ def ours(model: Qwen3VL, scene: Scene) -> dict[str, np.ndarray]:
         return jnp.sum(each * counted), (features, logits, kv)
 
     def greedy(state, context):
-        model = nnx.merge(graph, state)
+        model, context = nnx.merge(graph, state), for_steps(context)
 
         def one(carry, index):
             token, cache = carry

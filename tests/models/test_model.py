@@ -10,8 +10,9 @@ import pytest
 from einops import rearrange, repeat
 from flax import nnx
 
-from videomem_jax.models import layers
+from videomem_jax.models import layers, vision
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
+from videomem_jax.models.decoder import KV, for_steps
 from videomem_jax.models.presets import preset
 from videomem_jax.models.qwen3_vl import abstract, parameter_count
 
@@ -76,11 +77,51 @@ def joined(scene, tokens, positions, mask):
     return whole[0], np.concatenate([before, after], axis=2), whole[1], whole[2]
 
 
+def heads(rng, *shapes):
+    """Random arrays."""
+    return [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+@pytest.mark.parametrize("by_query", [False, True])
+def test_causal_attention_in_blocks(monkeypatch, by_query, n=2, r=2, s=11, p=5):
+    monkeypatch.setattr(layers, "_BLOCK", 4)
+    rng = np.random.default_rng(0)
+    own, shared = (n, r, s, 2, 4), (n, p, 2, 4)
+    q, k, v, *context = heads(rng, (n, r, s, 6, 4), own, own, shared, shared)
+    mask = jnp.asarray(rng.random((n, r, s)) < 0.8).at[..., 0].set(True)
+    there = jnp.asarray(rng.random((n, r, s, p) if by_query else (n, p)) < 0.6)
+    seen = mask[:, :, None] & jnp.tril(jnp.ones((s, s), bool))
+    for extra in ((), (context, there)):
+        got = layers.attend_causal(q, k, v, mask, *extra)
+        assert_near(got, layers.attend(q, k, v, seen, *extra))
+
+
+@pytest.mark.parametrize("by_query", [False, True])
+def test_attention_of_one_query(by_query, n=2, r=3, c=7, p=5):
+    rng = np.random.default_rng(0)
+    own, shared = (n, r, c, 2, 4), (n, p, 2, 4)
+    q, k, v, *context = heads(rng, (n, r, 1, 6, 4), own, own, shared, shared)
+    there = jnp.asarray(rng.random((n, r, 1, p) if by_query else (n, p)) < 0.6)
+    mask = jnp.arange(c) < 4
+    wanted = layers.attend(q, k, v, jnp.broadcast_to(mask, (n, r, 1, c)), context, there)
+    ready = [rearrange(a, "n r c k h -> n k r c h") for a in (k, v)]
+    prompt = for_steps(KV(*(a[None] for a in context)))
+    assert_near(layers.attend_one(q, *ready, mask, [a[0] for a in prompt], there), wanted)
+
+
+def test_frames_attend_a_few_at_a_time(monkeypatch, n=5, size=6):
+    monkeypatch.setattr(vision, "_WEIGHTS", 2 * 2 * size**2)
+    q, k, v = heads(np.random.default_rng(0), *[(n, size, 2, 4)] * 3)
+    mask = jnp.arange(size) < jnp.array([6, 3, 1, 5, 6])[:, None]
+    assert_near(vision._attend_in_turn(q, k, v, mask), vision._attend(q, k, v, mask))
+
+
 def test_cached_steps_equal_a_whole_forward(scene, r=3, c=6):
     tokens, positions = scene.completions(r, c)
 
     def cached(model, tokens, positions, mask, *prompt):
         _, context = model.prefill(*prompt)
+        context = for_steps(context)
 
         def one(cache, inputs):
             index, token, position = inputs

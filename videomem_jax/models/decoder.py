@@ -20,7 +20,7 @@ from videomem_jax.models.config import TextConfig
 
 
 class KV(NamedTuple):
-    """Keys (rotated) and values of every layer: [L, n, p, k, h], or [L, n, r, c, k, h]."""
+    """Keys (rotated) and values of every layer: [L, n, p, k, h], or [L, n, r, s, k, h]."""
 
     k: Array
     v: Array
@@ -134,14 +134,12 @@ class Decoder(nnx.Module):
         """
         graph, stacked = nnx.split(self.layers)
         angles = self.angles(positions)
-        causal = jnp.tril(jnp.ones((x.shape[2],) * 2, bool))
-        seen = mask[:, :, None, :] & causal
 
         def layer(x, inputs):
             params, index, own_context = inputs
             module = nnx.merge(graph, params)
             q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
-            y = layers.attend(q, k, v, seen, own_context, context_mask)
+            y = layers.attend_causal(q, k, v, mask, own_context, context_mask)
             x = module.finish(x, y)
             if deepstack is not None and deepstack.features.shape[0]:
                 x = x + _deepstack_at(deepstack, index).astype(x.dtype)[:, None]
@@ -168,37 +166,48 @@ class Decoder(nnx.Module):
         Args:
           x: its embedding.
           positions: its positions.
-          cache: keys and values [L, n, r, c, k, h] of the completions, filled below `index`.
+          cache: keys and values [L, n, k, r, c, h] of the completions, filled below `index`.
           index: the token's place in the cache.
-          context, context_mask: the prompts, as in `__call__`.
+          context: the prompts, as `for_steps` lays them out.
+          context_mask: as in `__call__`.
 
         Returns:
           The final norm's output, and the cache with the token in it.
         """
         graph, stacked = nnx.split(self.layers)
         angles = self.angles(positions[..., None])
-        n, r, _ = x.shape
-        seen = jnp.broadcast_to(jnp.arange(cache.k.shape[3]) <= index, (n, r, 1, cache.k.shape[3]))
+        seen = jnp.arange(cache.k.shape[4]) <= index
 
         def layer(carry, inputs):
             x, cache = carry
             params, i, own_context = inputs
             module = nnx.merge(graph, params)
             q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
-            at = (i, 0, 0, index, 0, 0)
+            at = (i, 0, 0, 0, index, 0)
+            k, v = (rearrange(a, "n r 1 k h -> 1 n k r 1 h") for a in (k, v))
             cache = KV(
                 *(
-                    jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
                     for old, new in zip(cache, (k, v), strict=True)
                 )
             )
             own_k, own_v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in cache)
-            y = layers.attend(q, own_k, own_v, seen, own_context, context_mask)
+            y = layers.attend_one(q, own_k, own_v, seen, own_context, context_mask)
             return (module.finish(x, y), cache), None
 
         inputs = (stacked, jnp.arange(self.config.num_hidden_layers), context)
         (x, cache), _ = jax.lax.scan(layer, (x[:, :, None], cache), inputs)
         return self.norm(x)[:, :, 0], cache
+
+
+def for_steps(context: KV) -> KV:
+    """Prompts [L, n, p, k, h] as `Decoder.step` reads them: keys [L, n, k, h, p], values
+    [L, n, k, p, h]. Every token reads all of it, so it is laid out once as the products want it.
+    """
+    return KV(
+        rearrange(context.k, "L n p k h -> L n k h p"),
+        rearrange(context.v, "L n p k h -> L n k p h"),
+    )
 
 
 def _deepstack_at(deepstack: DeepStack, index: Int[Array, ""]) -> Float[Array, "n s d"]:

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # A masked logit. Finite, so that a row without any key gives a uniform row instead of NaN.
 MASKED = -1e30
+# Queries that causal attention takes at once at least, and blocks of them at most.
+_BLOCK, _BLOCKS = 128, 16
 
 
 class Linear(nnx.Module):
@@ -154,6 +156,75 @@ def attend(
         out = jnp.einsum("nkrsgp,npkh->nrskgh", weights[..., :size], v_prompt)
         out += jnp.einsum("nkrsgc,nrckh->nrskgh", weights[..., size:], v)
     return rearrange(out, "n r s k g h -> n r s (k g) h")
+
+
+def attend_causal(
+    q: Float[Array, "n r s N h"],
+    k: Float[Array, "n r s K h"],
+    v: Float[Array, "n r s K h"],
+    mask: Bool[Array, "n r s"],
+    context: tuple[Float[Array, "n p K h"], Float[Array, "n p K h"]] | None = None,
+    context_mask: Bool[Array, "n p"] | Bool[Array, "n r s p"] | None = None,
+) -> Float[Array, "n r s N h"]:
+    """`attend` where a query sees its own sequence up to itself.
+
+    Blocks of queries go in turn, each with the keys up to its end: half of the work, and a part of
+    the memory, of a whole square.
+
+    Args:
+      q, k, v, context, context_mask: as in `attend`.
+      mask: tokens that exist.
+    """
+    s, parts = q.shape[2], []
+    block = max(_BLOCK, -(-s // _BLOCKS))
+    for begin in range(0, s, block):
+        end = min(begin + block, s)
+        before = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
+        seen, shared = mask[:, :, None, :end] & before, context_mask
+        if shared is not None and shared.ndim == 4:
+            shared = shared[:, :, begin:end]
+        own = (a[:, :, :end] for a in (k, v))
+        parts.append(attend(q[:, :, begin:end], *own, seen, context, shared))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+
+
+def attend_one(
+    q: Float[Array, "n r 1 N h"],
+    k: Float[Array, "n K r c h"],
+    v: Float[Array, "n K r c h"],
+    mask: Bool[Array, " c"],
+    context: tuple[Float[Array, "n K h p"], Float[Array, "n K p h"]],
+    context_mask: Bool[Array, "n p"] | Bool[Array, "n r 1 p"],
+) -> Float[Array, "n r 1 N h"]:
+    """`attend` for one query a sequence, with keys and values laid out as its products read them.
+
+    Args:
+      q, context_mask: as in `attend`.
+      k, v: the sequences' own keys and values.
+      mask: which of them are seen.
+      context: keys and values of the shared prompt.
+    """
+    heads_kv, r, head_dim = k.shape[1], q.shape[1], k.shape[-1]
+    q = rearrange(q, "n r 1 (k g) h -> n k r g h", k=heads_kv) * head_dim**-0.5
+    own = jnp.einsum("nkrgh,nkrch->nkrgc", q, k).astype(jnp.float32)
+    own = jnp.where(mask, own, MASKED)
+    k_prompt, v_prompt = context
+    rows = rearrange(q, "n k r g h -> n k (r g) h")
+    prompt = jnp.einsum("nkxh,nkhp->nkxp", rows, k_prompt).astype(jnp.float32)
+    prompt = rearrange(prompt, "n k (r g) p -> n k r g p", r=r)
+    if context_mask.ndim == 2:
+        context_mask = context_mask[:, None, None]
+    prompt = jnp.where(rearrange(context_mask, "n r 1 p -> n 1 r 1 p"), prompt, MASKED)
+    # One softmax over both parts, which are not put together for it.
+    top = jnp.maximum(*(a.max(-1, keepdims=True) for a in (prompt, own)))
+    prompt, own = jnp.exp(prompt - top), jnp.exp(own - top)
+    total = prompt.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+    rows = rearrange(prompt.astype(v.dtype), "n k r g p -> n k (r g) p")
+    out = jnp.einsum("nkxp,nkph->nkxh", rows, v_prompt, preferred_element_type=jnp.float32)
+    out = rearrange(out, "n k (r g) h -> n k r g h", r=r)
+    own = own.astype(v.dtype)
+    out += jnp.einsum("nkrgc,nkrch->nkrgh", own, v, preferred_element_type=jnp.float32)
+    return rearrange((out / total).astype(v.dtype), "n k r g h -> n r 1 (k g) h")
 
 
 def stack_layers(make, count: int, rngs: nnx.Rngs) -> nnx.Module:

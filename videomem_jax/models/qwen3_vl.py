@@ -101,7 +101,7 @@ class Qwen3VL(nnx.Module):
     def empty_cache(self, n: int, r: int, size: int) -> KV:
         """A cache for n x r completions of at most `size` tokens."""
         c = self.config.text
-        shape = (c.num_hidden_layers, n, r, size, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, n, c.num_key_value_heads, r, size, c.head_dim)
         return KV(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:

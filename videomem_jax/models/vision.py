@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int, Num
 from videomem_jax.models import layers
 from videomem_jax.models.config import VisionConfig
 
+# Attention weights that are held at once on a CPU.
+_WEIGHTS = 2**21
+
 
 class VisionFeatures(NamedTuple):
     """What the decoder gets of a clip: v = (frame pairs) x (merged blocks a pair).
@@ -39,8 +42,8 @@ class Attention(nnx.Module):
     def __call__(self, x, angles, mask):
         q, k, v = rearrange(self.qkv(x), "n q (three m h) -> three n q m h", three=3, m=self.heads)
         q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-        shared = jnp.broadcast_to(mask[:, None, None], (*mask.shape[:1], 1, *mask.shape[1:] * 2))
-        y = layers.attend(q[:, None], k[:, None], v[:, None], shared)[:, 0]
+        # On a CPU what a few frames need stays in the cache, what all of them need does not.
+        y = jax.lax.platform_dependent(q, k, v, mask, cpu=_attend_in_turn, default=_attend)
         return self.proj(rearrange(y, "n q m h -> n q (m h)"))
 
 
@@ -166,6 +169,22 @@ class VisionTower(nnx.Module):
         head_dim = self.config.hidden_size // self.config.num_heads
         freqs = layers.frequencies(head_dim // 2, 1e4)
         return rearrange(positions[..., None] * freqs, "n q two x -> n q (two x)")
+
+
+def _attend(q, k, v, mask):
+    """Attention inside each frame pair: [n, q, m, h]."""
+    shared = jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, *mask.shape[1:] * 2))
+    return layers.attend(q[:, None], k[:, None], v[:, None], shared)[:, 0]
+
+
+def _attend_in_turn(q, k, v, mask):
+    """`_attend`, a few frame pairs at a time."""
+    n, size, heads, _ = q.shape
+    few = max(1, _WEIGHTS // (heads * size**2))
+    if few >= n:
+        return _attend(q, k, v, mask)
+    one = lambda args: _attend(*(a[None] for a in args))[0]  # noqa: E731
+    return jax.lax.map(one, (q, k, v, mask), batch_size=few)
 
 
 def _layers(stacked, begin: int, end: int):
