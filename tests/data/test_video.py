@@ -1,5 +1,6 @@
 """Decoding by seeking against decoding all, the resize rule, patches, and broken files."""
 
+import itertools
 from fractions import Fraction
 
 import av
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from videomem_jax.data import video
+from videomem_jax.data import seek, video
 from videomem_jax.data.video import VideoError
 
 
@@ -79,21 +80,40 @@ def test_seeking_gives_the_frames_of_a_full_decode(tmp_path, name, options):
 
 def test_seeking_decodes_only_what_is_near(tmp_path, monkeypatch):
     path = encode(tmp_path / "long.mp4", moving_frames(400), g="20", bf="0", sc_threshold="0")
-    decoded = []
-    seek = video._seek
+    given = []
+    skips = seek._Finder._feed
 
-    def counted(*args):
-        frames, first = seek(*args)
-        decoded.append(first)
-        return (decoded.append(frame) or frame for frame in frames), first
+    def counted(self, packet, wanted):
+        given.append(packet)
+        return skips(self, packet, wanted)
 
-    monkeypatch.setattr(video, "_seek", counted)
+    monkeypatch.setattr(seek._Finder, "_feed", counted)
     video.read_frames(path, [0.0, 50.0, 99.0])
-    # A key frame every 5 s: at most a group of 20 frames and the one behind for each time.
-    assert len(decoded) <= 3 * 21
-    decoded.clear()
+    # A key frame every 5 s: at most a group of 20 frames, and what empties the decoder.
+    assert 0 < len(given) <= 3 * 21
+    given.clear()
     video.read_frames(path, [10.0, 10.5, 11.0])
-    assert len(decoded) <= 6
+    assert 0 < len(given) <= 6
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_packets_tell_what_frames_tell(tmp_path, name):
+    """The fast way against going through all frames, for many sets of times."""
+    options = {"g": "24", "bf": "3", "x264-params": "open-gop=1:b-pyramid=normal"}
+    path = encode(tmp_path / name, moving_frames(120), **options)
+    rng = np.random.default_rng(0)
+    fps, length = 4, 29.9
+    for count in (1, 2, 5, 20, 100):
+        times = sorted(rng.uniform(0, length, count))
+        with video._opened(path) as (container, stream):
+            wanted = [f.pts for f in seek.scanned(path, container, stream, times, fps)]
+        with video._opened(path) as (container, stream):
+            finder = seek._Finder(container, stream, fps)
+            limits = [finder.ticks(time + seek.TOLERANCE) for time in times]
+            found = [
+                finder.at(limit, then) for limit, then in itertools.zip_longest(limits, limits[1:])
+            ]
+        assert [frame and frame.pts for frame in found] == wanted
 
 
 def test_uneven_frame_times(tmp_path):

@@ -3,9 +3,9 @@
 Times are seconds from the first frame of the video. Everything here is numpy on the host.
 """
 
-import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -18,17 +18,8 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
-# Containers round presentation times (Matroska to a millisecond): a frame counts as shown this
-# many seconds before its stamp.
-_TOLERANCE = 0.002
-# How far the last frame may end before the length that the container states.
-_TAIL = 1.0
-# Seconds that are decoded rather than jumped in containers that do not list their keyframes.
-_NO_INDEX = 10.0
-
-
-class VideoError(ValueError):
-    """A video that cannot be used as asked; the message is one sentence that names the file."""
+from videomem_jax.data import seek
+from videomem_jax.data.seek import VideoError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +47,11 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     Raises:
       VideoError: the file is missing, is broken, or has no frames.
     """
-    with _opened(path) as (container, stream):
-        return _probe(path, container, stream)
+    try:
+        found = os.stat(path)
+    except OSError:
+        raise VideoError(f"{path}: there is no such video file.") from None
+    return _probed(os.fspath(path), found.st_size, found.st_mtime_ns)
 
 
 def read_frames(
@@ -65,8 +59,8 @@ def read_frames(
 ) -> UInt8[np.ndarray, "f h w 3"]:
     """Reads the frames that are on screen at the given times, by seeking to each.
 
-    A frame is on screen from its presentation time to that of the next. At most one decoded
-    frame is held besides the result.
+    A frame is on screen from its presentation time to that of the next. No more decoded frames are
+    held besides the result than the video's codec reorders.
 
     Args:
       path: the video.
@@ -81,18 +75,18 @@ def read_frames(
     times = [float(time) for time in times]
     if not times or times[0] < 0 or any(a > b for a, b in itertools.pairwise(times)):
         raise ValueError(f"times must be sorted, not negative and not empty, found {times}.")
+    info = probe(path)
+    if times[-1] > info.duration + seek.TOLERANCE:
+        raise VideoError(
+            f"{path}: a frame at {times[-1]:.2f} s was asked for, but the video ends at "
+            f"{info.duration:.2f} s."
+        )
     with _opened(path) as (container, stream):
-        info = _probe(path, container, stream)
-        if times[-1] > info.duration + _TOLERANCE:
-            raise VideoError(
-                f"{path}: a frame at {times[-1]:.2f} s was asked for, but the video ends at "
-                f"{info.duration:.2f} s."
-            )
         height, width = size or (info.height, info.width)
         frames = np.empty((len(times), height, width, 3), np.uint8)
         # One converter for all frames: setting it up takes longer than using it.
         converter, last = VideoReformatter(), None
-        for i, frame in enumerate(_shown(path, container, stream, times, info.fps)):
+        for i, frame in enumerate(seek.frames_at(path, container, stream, times, info.fps)):
             # Asking twice for one frame is common at low frame rates; converting is not free.
             repeated = frame is last
             frames[i] = frames[i - 1] if repeated else _pixels(converter, frame, (height, width))
@@ -128,7 +122,7 @@ def sample_times(
     start = 0.0 if start is None else start
     end = info.duration if end is None else end
     # Annotations are often rounded to seconds, past the end of the last frame.
-    if start >= info.duration or end > info.duration + _TAIL:
+    if start >= info.duration or end > info.duration + seek.TAIL:
         raise VideoError(
             f"{path}: the part from {start:.2f} s to {end:.2f} s was asked for, but the video "
             f"ends at {info.duration:.2f} s."
@@ -250,18 +244,21 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
         ) from error
 
 
-def _probe(path, container, stream) -> VideoInfo:
-    """`probe` of an opened video; leaves the stream behind its first frame."""
-    first = next(_decoded(container, stream), None)
-    if first is None:
-        raise VideoError(f"{path}: the video has no frames.")
-    fps = float(stream.average_rate or stream.guessed_rate or 0) or 1.0
-    duration = _duration(container, stream) or _last_end(container, stream, fps)
-    height, width = first.height, first.width
-    if first.rotation % 180:
-        height, width = width, height
-    frames = stream.frames or max(1, round(duration * fps))
-    return VideoInfo(duration, fps, frames, width, height)
+@functools.lru_cache(maxsize=1024)
+def _probed(path: str, size: int, modified: int) -> VideoInfo:
+    """`probe` of a file that has these bytes and was written then, done once."""
+    del size, modified
+    with _opened(path) as (container, stream):
+        first = next(seek.decoded(container, stream), None)
+        if first is None:
+            raise VideoError(f"{path}: the video has no frames.")
+        fps = float(stream.average_rate or stream.guessed_rate or 0) or 1.0
+        duration = _duration(container, stream) or _last_end(container, stream, fps)
+        height, width = first.height, first.width
+        if first.rotation % 180:
+            height, width = width, height
+        frames = stream.frames or max(1, round(duration * fps))
+        return VideoInfo(duration, fps, frames, width, height)
 
 
 def _duration(container, stream) -> float:
@@ -282,79 +279,6 @@ def _last_end(container, stream, fps: float) -> float:
     origin = stream.start_time or 0
     ends = [p.pts - origin for p in container.demux(stream) if p.pts is not None]
     return float(max(ends, default=0) * stream.time_base) + 1 / fps
-
-
-def _decoded(container, stream) -> Iterator[av.VideoFrame]:
-    """The frames from where the container stands, with the times at which they are shown."""
-    if container.format.name != "avi":
-        yield from container.decode(stream)
-        return
-    # AVI has times of decoding only. Frames come out in the order of showing: each takes the
-    # place of a packet in turn, but for empty packets, which stand for no frame.
-    places = collections.deque()
-    for packet in container.demux(stream):
-        if packet.size:
-            places.append(packet.dts)
-        for frame in packet.decode():
-            frame.pts = places.popleft() if places else None
-            yield frame
-
-
-def _shown(path, container, stream, times: list[float], fps: float) -> Iterator[av.VideoFrame]:
-    """Yields the decoded frame on screen at each time."""
-    origin = (stream.start_time or 0) * stream.time_base
-    frames, shown, ahead = iter(()), None, None
-
-    def stamp(frame) -> float:
-        if frame.pts is None:
-            raise VideoError(f"{path}: its frames have no times; remux it to .mp4 or .mkv.")
-        return float(frame.pts * frame.time_base - origin)
-
-    for time in times:
-        limit = time + _TOLERANCE
-        # `ahead` is None before the first time and behind the last frame.
-        if shown is None or (
-            ahead is not None and _keyframe_between(stream, stamp(ahead), limit, origin)
-        ):
-            frames, shown = _seek(container, stream, limit, origin, stamp)
-            ahead = next(frames, None)
-        while ahead is not None and stamp(ahead) <= limit:
-            shown, ahead = ahead, next(frames, None)
-        if shown is None or (ahead is None and stamp(shown) + 1 / fps + _TAIL < time):
-            raise VideoError(
-                f"{path}: the video is broken or cut short: its frames end before {time:.2f} s."
-            )
-        yield shown
-
-
-def _keyframe_between(stream, position: float, limit: float, origin) -> bool:
-    """Whether decoding from a keyframe is shorter than decoding on from `position`."""
-    entries = stream.index_entries
-    if not len(entries):
-        return limit - position > _NO_INDEX
-    index = entries.search_timestamp(int((limit + origin) / stream.time_base))
-    if index < 0:
-        return False
-    return float(entries[index].timestamp * stream.time_base - origin) > position
-
-
-def _seek(container, stream, limit: float, origin, stamp):
-    """Seeks to a keyframe at or before `limit`; returns the frames after it, and it."""
-    back = 0.0
-    while True:
-        target = limit - back
-        offset = int((target + origin) / stream.time_base)
-        if container.format.name == "avi":  # has nothing before its start to seek to
-            offset = max(offset, 0)
-        container.seek(offset, stream=stream, backward=True)
-        frames = _decoded(container, stream)
-        first = next(frames, None)
-        # Containers seek by decoding times, which run ahead of the times of showing, and some
-        # to any packet: the first frame decoded from there may be shown after `limit`, or there
-        # may be none. Then look further back, even before the start.
-        if (first is not None and stamp(first) <= limit) or target < -_TAIL:
-            return frames, first
-        back = 2 * back + 1.0
 
 
 def _pixels(
