@@ -12,16 +12,20 @@ from videomem_jax.data.video import VideoError
 
 FPS, COUNT, HEIGHT, WIDTH = 4, 24, 64, 96
 H264, HEVC, VP9, AV1, MPEG4 = "libx264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4"
+VP8 = "libvpx"
 FAST = {
     H264: {"preset": "ultrafast"},
     HEVC: {"preset": "ultrafast", "x265-params": "log-level=none"},
     VP9: {"deadline": "realtime", "cpu-used": "8"},
+    # With packets that are decoded and never shown.
+    VP8: {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "12"},
     AV1: {"preset": "12"},
 }
 KINDS = [
     *((ext, codec) for ext in ("mp4", "mov", "mkv") for codec in (H264, HEVC, MPEG4)),
     *((ext, AV1) for ext in ("mp4", "mkv", "webm")),
     *((ext, VP9) for ext in ("mp4", "mkv", "webm")),
+    ("webm", VP8),
     *(("avi", codec) for codec in (H264, MPEG4)),
     ("ts", H264),
     ("ts", HEVC),

@@ -76,6 +76,7 @@ class _Finder:
         self._shown: av.VideoFrame | None = None
         self._fresh = True  # the decoder needs a keyframe
         self._ended = False
+        self._silent = False  # there are packets that do not say when they are shown
         self._read = -math.inf  # what is still to be read is shown at or after this
         self._delay = 0  # by which keyframes are decoded before they are shown
 
@@ -102,14 +103,14 @@ class _Finder:
         # any packet. Then look further back, even before the start.
         back = 0
         while not self._reachable(wanted := self._wanted(limit)):
-            if target < self.ticks(-TAIL):
+            if self._silent or target < self.ticks(-TAIL):
                 return None
             back += 0 if target == math.inf else back + math.ceil(self._second)
             target = limit - self._delay - back
             self._seek(target)
             self._read_to(limit)
         # Where the last frame should have made room long ago, the file is cut short: see `scanned`.
-        if self._ended and wanted + (TAIL + 0.5) * self._second < limit:
+        if self._silent or (self._ended and wanted + (TAIL + 0.5) * self._second < limit):
             return None
         if self._shown is None or self._shown.pts != wanted:
             self._shown = self._ready.pop(wanted, None)
@@ -151,20 +152,19 @@ class _Finder:
 
     def _read_one(self) -> None:
         packet = next(self._packets, None)
-        if packet is None or not packet.size:
+        if packet is None or not packet.size or packet.pts is None:
+            self._silent |= packet is not None and bool(packet.size)
             self._ended = True
             return
         self._queue.append(packet)
-        if packet.dts is not None:
-            self._read = max(self._read, packet.dts)
-        elif packet.pts is not None:
-            self._read = max(self._read, packet.pts - self._reorder)
-        if packet.is_keyframe and packet.pts is not None and packet.dts is not None:
+        decoded_at = packet.pts - self._reorder if packet.dts is None else packet.dts
+        self._read = max(self._read, decoded_at)
+        if packet.is_keyframe and packet.dts is not None:
             self._delay = max(self._delay, packet.pts - packet.dts)
 
     def _times(self) -> set[int]:
         """When what was read, and not yet passed, is shown."""
-        times = {p.pts for p in self._queue if p.pts is not None and not p.is_discard}
+        times = {packet.pts for packet in self._queue if not packet.is_discard}
         times |= self._inside | self._ready.keys()
         return times if self._shown is None else times | {self._shown.pts}
 
@@ -182,7 +182,7 @@ class _Finder:
         begin = None
         for i, packet in enumerate(self._queue):
             # What is decoded behind a keyframe but shown before it needs frames from before it.
-            if packet.is_keyframe and packet.pts is not None and packet.pts <= wanted:
+            if packet.is_keyframe and packet.pts <= wanted:
                 begin = i
             if packet.pts == wanted:
                 return begin
@@ -200,21 +200,23 @@ class _Finder:
             for _ in range(begin):
                 self._queue.popleft()
             self._empty_decoder()
-        while self._shown is None:
-            given = not any(packet.pts == wanted for packet in self._queue)
+        given = wanted in self._inside
+        # Frames come in the order of showing: behind it, it will not come (a packet may have none).
+        while self._shown is None and not any(pts > wanted for pts in self._ready):
             if not self._queue and not self._ended:
                 self._read_one()
             packet = self._queue.popleft() if self._queue and not (given and last) else None
             self._feed(packet, wanted)
+            given |= packet is not None and packet.pts == wanted
             if packet is None:  # all that the decoder held is out
                 self._empty_decoder()
                 return
 
     def _feed(self, packet: av.Packet | None, wanted: int) -> None:
         """Gives the decoder a packet (None: there are no more) and takes the frames it gives."""
-        skip = packet is not None and packet.pts is not None and packet.pts < wanted
+        skip = packet is not None and packet.pts < wanted
         self._codec.skip_frame = "NONREF" if skip else "DEFAULT"
-        if packet is not None and packet.pts is not None and not skip:
+        if packet is not None and not skip:
             self._inside.add(packet.pts)
         for frame in self._codec.decode(packet):
             self._inside.discard(frame.pts)
