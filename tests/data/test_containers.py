@@ -17,8 +17,7 @@ FAST = {
     H264: {"preset": "ultrafast"},
     HEVC: {"preset": "ultrafast", "x265-params": "log-level=none"},
     VP9: {"deadline": "realtime", "cpu-used": "8"},
-    # With packets that are decoded and never shown.
-    VP8: {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "12"},
+    VP8: {"deadline": "realtime", "cpu-used": "8"},
     AV1: {"preset": "12"},
 }
 KINDS = [

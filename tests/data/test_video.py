@@ -116,6 +116,26 @@ def test_packets_tell_what_frames_tell(tmp_path, name):
         assert [frame and frame.pts for frame in found] == wanted
 
 
+def test_a_packet_that_never_becomes_a_frame(tmp_path, monkeypatch):
+    path = encode(tmp_path / "long.mp4", moving_frames(400), g="40", bf="2")
+    times = np.arange(20, 80) / 4
+    wanted, given = video.read_frames(path, times), []
+    feed = seek._Finder._feed
+
+    def lossy(self, packet, wanted):
+        given.append(packet)
+        feed(self, packet, wanted)
+        lost = self.ticks(10.0)
+        self._ready.pop(lost, None)
+        if self._shown is not None and self._shown.pts == lost:
+            self._shown = None
+
+    monkeypatch.setattr(seek._Finder, "_feed", lossy)
+    np.testing.assert_array_equal(video.read_frames(path, times), wanted)
+    # It is given up as soon as a later frame comes, not at the end of the file.
+    assert 20 < len(given) < 60
+
+
 def test_uneven_frame_times(tmp_path):
     frames = moving_frames(4)
     path = encode(tmp_path / "uneven.mkv", frames, stamps=[0, 1, 20, 40])
