@@ -27,7 +27,7 @@ from videomem_jax.pretrain.scenes import PAIR, Painter
 # Share of pairs that show a card; of the others, none of the names is right.
 WITH_CARD = 0.85
 # Cards, and stretches of film, that pairs are composed of; some are painted anew every step.
-POOL, NEW = 4096, 96
+POOL, NEW = 4096, 32
 # Weight in the loss of the features for the decoder's first layers (DeepStack), each.
 EARLY = 0.3
 NAMES = (len(COLOURS) + 1, len(PICTURES) + 1)
