@@ -36,7 +36,7 @@ class Phase:
         self.records, self.tokenizer, self.judge = records, tokenizer, judge
         self.watch, self.writer = watch, writer
         self.skips = pipeline.Skips()
-        loader = pipeline.Loader(tokenizer, s, s.prompt.segments)
+        loader = pipeline.Loader(tokenizer, s, s.prompt.segments, chains=name == "coldstart")
         seed = s.seed + (0 if name == "coldstart" else 1)
         self.batches = pipeline.training_batches(records, loader, s, batch, seed, self.skips)
         self.checkpoints = Checkpoints(workdir / "checkpoints" / name, s.checkpoints.keep)
@@ -50,7 +50,10 @@ class Phase:
         writer.forget_after(name, self.begin)
 
     def next_batch(self):
-        """The next batch, and the seconds that the step waited for it."""
+        """The next batch, and the seconds that the step waited for it.
+
+        The metric "seconds/data_share" is their share of the whole step's time.
+        """
         began = time.perf_counter()
         batch = next(self.batches)
         return batch, time.perf_counter() - began
@@ -82,7 +85,11 @@ def coldstart(phase: Phase) -> TrainState:
         if i == phase.begin:
             phase.watch.add("compile", took)
         bar.set_postfix(loss=f"{values['loss']:.3f}")
-        values |= {"seconds/step": took, "seconds/data": waited}
+        values |= {
+            "seconds/step": took,
+            "seconds/data": waited,
+            "seconds/data_share": waited / (waited + took),
+        }
         phase.after(i + 1, s.coldstart.steps, values)
     return phase.done()
 
@@ -123,6 +130,7 @@ def prpo(phase: Phase) -> TrainState:
             "seconds/rollout": rolled - began,
             "seconds/update": took,
             "seconds/data": waited,
+            "seconds/data_share": waited / (waited + took + rolled - began),
         }
         phase.after(i + 1, s.prpo.steps, values)
     return phase.done()
@@ -147,13 +155,16 @@ def train(config, workdir_flag: str) -> None:
     )
     # All of them now: a missing file is not to be found after hours of the first phase.
     data = {
-        name: run.read_records(s, file, chains=name == "coldstart")
+        name: run.training_data(
+            s,
+            file,
+            chains=name == "coldstart",
+            open_ended=name == "coldstart" or s.prpo.reward != "choices",
+        )
         for name, steps, file, _ in phases
         if steps
     }
-    judge = None
-    if "prpo" in data:
-        data["prpo"], judge = run.with_judge(s, data["prpo"], workdir)
+    judge = run.open_answers(s, data["prpo"], workdir) if "prpo" in data else None
     loaded = run.load(s)
     print(f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s)")
 

@@ -1,15 +1,19 @@
 """Judges: exact match by hand, the LLM's verdicts, and that a failed call is no verdict."""
 
+import collections
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("openai")
 
 from tests.endpoint import Raw, Stall, asked, serving
 from videomem_jax import run, settings
+from videomem_jax.data import records
 from videomem_jax.data.records import Record, RecordError
+from videomem_jax.data.sources import Mixture, Part
 from videomem_jax.judge import Case, exact, normal, open_judge, read_verdict
 from videomem_jax.llm import BadReply, LLMError
 
@@ -156,34 +160,43 @@ def with_reward(reward, **judge):
     )
 
 
-def test_open_ended_records_need_a_judge(tmp_path, capsys):
-    choices, both = records_of("choices"), records_of("open", "choices")
-    assert run.with_judge(with_reward("judge"), choices, tmp_path) == (choices, None)
-    left, judge = run.with_judge(with_reward("choices"), both, tmp_path)
-    assert left == both[1:] and judge is None
-    assert "1 open-ended records are left out" in capsys.readouterr().out
-    with pytest.raises(RecordError, match="all records are open-ended: set config.prpo.reward"):
-        run.with_judge(with_reward("choices"), both[:1], tmp_path)
-    found, judge = run.with_judge(with_reward("exact"), both, tmp_path)
-    assert judge is exact and [r.id for r in found] == ["r0", "r1"]
+def mixture_of(*kinds):
+    found = records_of(*kinds)
+    return Mixture([Part("x.jsonl", None, found, np.arange(len(found)), collections.Counter())])
+
+
+def test_open_ended_records_need_a_judge(tmp_path):
+    choices, both = mixture_of("choices"), mixture_of("open", "choices")
+    assert (choices.open_ended(), both.open_ended()) == (0, 1)
+    assert run.open_answers(with_reward("judge"), choices, tmp_path) is None
+    assert run.open_answers(with_reward("exact"), both, tmp_path) is exact
     narrow = dataclasses.replace(with_reward("exact"), prompt=settings.Prompt(answer_tokens=1))
     with pytest.raises(settings.ConfigError, match="answer_tokens=1 leaves no room"):
-        run.with_judge(narrow, both, tmp_path)
-    # What a chain answers is no choice in PRPO.
-    assert found[0].memories is None and found[0].answers is None and found[1] == both[1]
+        run.open_answers(narrow, both, tmp_path)
+
+
+def test_open_ended_records_are_left_out_where_nothing_judges_them(tmp_path, capsys):
+    records.write_records(tmp_path / "x.jsonl", records_of("open", "choices"))
+    s = settings.Settings(data=settings.Data(folder=str(tmp_path)))
+    assert [r.id for r in run.training_data(s, "x.jsonl")] == ["r1"]
+    assert "left out: 1 by having no options" in capsys.readouterr().out
+    assert [r.id for r in run.training_data(s, "x.jsonl", open_ended=True)] == ["r0", "r1"]
+    records.write_records(tmp_path / "x.jsonl", records_of("open"))
+    with pytest.raises(RecordError, match="nothing is left of its 1 records"):
+        run.training_data(s, "x.jsonl")
 
 
 def test_a_run_with_a_judge_finds_it_out_first(tmp_path):
     with serving(lambda *_: '{"correct": true}') as server:
         s = with_reward("judge", url=server.url)
-        found, judge = run.with_judge(s, records_of("open"), tmp_path)
-        assert judge([Case("who?", "Ann", "Annie")]) == [True] and len(found) == 1
+        judge = run.open_answers(s, mixture_of("open"), tmp_path)
+        assert judge([Case("who?", "Ann", "Annie")]) == [True]
         judge.close()
         assert (tmp_path / "judge.sqlite").exists()
         server.reply = lambda *_: Raw(401, b"{}")
         with pytest.raises(LLMError, match="failed: HTTP 401.*is not set"):
             s = with_reward("judge", url=server.url, key_env="NO_SUCH_KEY", model="other")
-            run.with_judge(s, records_of("open"), tmp_path)
+            run.open_answers(s, mixture_of("open"), tmp_path)
 
 
 def test_a_judge_may_move_between_starts_but_not_change(tmp_path):

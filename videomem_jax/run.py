@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from videomem_jax import grammar, judge, llm, report, settings
 from videomem_jax.checkpoint import CheckpointError
-from videomem_jax.data import chain_files, needle, needle_chains, records
+from videomem_jax.data import needle, needle_chains, records, sources
 from videomem_jax.data.video import VideoError
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
@@ -206,58 +206,60 @@ def make_data(s: settings.Settings) -> None:
     )
 
 
-def read_records(s: settings.Settings, name: str, chains: bool = False) -> list[records.Record]:
-    """The good records of one of the config's files; with `chains`, some must have memories."""
+def read_records(s: settings.Settings, name: str) -> list[records.Record]:
+    """The good records of one of the config's files."""
     found, skipped = records.read_records(
         pathlib.Path(s.data.folder) / name, allow_outside=s.data.allow_outside
     )
     if skipped:
         print(f"{name}: {len(found)} records; {skipped.summary()}")
-    if chains:
-        found = chain_files.reviewed(
-            found, pathlib.Path(s.data.folder) / name, s.data.allow_outside
-        )
-    if chains and not any(record.memories for record in found):
-        raise records.RecordError(
-            f"{pathlib.Path(s.data.folder) / name}: no record has 'memories', which the cold start "
-            f"learns from: add them, or set --config.coldstart.steps=0"
-        )
     return found
 
 
-def with_judge(
-    s: settings.Settings, found: list[records.Record], workdir: pathlib.Path
-) -> tuple[list[records.Record], judge.Judge | None]:
-    """PRPO's records, and the judge of the open-ended ones; None where there are none of these.
+def training_data(
+    s: settings.Settings, names: str, chains: bool = False, open_ended: bool = False
+) -> sources.Mixture:
+    """The records of a phase, mixed and filtered as the config says.
+
+    Args:
+      s: the run's settings.
+      names: of its data sets.
+      chains: whether some records must have memories.
+      open_ended: whether questions without options are of use.
+    """
+    mixture, skipped = sources.read_mixture(names, s.data, open_ended, chains)
+    if skipped or len(mixture.parts) > 1 or any(p.left_out.total() for p in mixture.parts):
+        print(f"{mixture.summary()}; {skipped.summary()}")
+    if chains and not mixture.any_chain():
+        raise records.RecordError(
+            f"{pathlib.Path(s.data.folder) / names}: no record has 'memories', which the cold "
+            f"start learns from: add them, or set --config.coldstart.steps=0"
+        )
+    return mixture
+
+
+def open_answers(
+    s: settings.Settings, found: sources.Mixture, workdir: pathlib.Path
+) -> judge.Judge | None:
+    """The judge of PRPO's open-ended records; None where there are none of these.
 
     Raises:
       LLMError: the judge cannot be asked.
       ConfigError: there is no room for an answer in words.
-      RecordError: all records are open-ended, but `prpo.reward` has nothing that judges them.
     """
-    count = sum(record.is_open for record in found)
+    count = found.open_ended()
     if not count:
-        return found, None
-    if s.prpo.reward == "choices":
-        found = [record for record in found if not record.is_open]
-        print(f"{count} open-ended records are left out, since config.prpo.reward='choices'")
-        if not found:
-            raise records.RecordError(
-                "all records are open-ended: set config.prpo.reward to 'exact' or 'judge'"
-            )
-        return found, None
+        return None
     if s.prompt.answer_tokens < 2:
         raise ConfigError(
             f"config.prompt.answer_tokens={s.prompt.answer_tokens} leaves no room for an answer in "
             f"words: raise it, to 32 for instance, since {count} records are open-ended"
         )
-    # A chain's answers would be taken for choices.
-    found = [dataclasses.replace(r, memories=None, answers=None) if r.is_open else r for r in found]
     if s.prpo.reward == "exact":
-        return found, judge.exact
+        return judge.exact
     judging = judge.open_judge(s.judge, workdir / "judge.sqlite")
     judging.check()
-    return found, judging
+    return judging
 
 
 @dataclasses.dataclass(frozen=True)

@@ -476,7 +476,7 @@ def chained(data):
 def learnt(path):
     """What the cold start reads, by id."""
     s = settings.Settings(data=settings.Data(folder=str(path.parent)))
-    return {r.id: r for r in run.read_records(s, path.name, chains=True)}
+    return {r.id: r for r in run.training_data(s, path.name, chains=True)}
 
 
 def test_the_cold_start_honours_reviews(chained, capsys):
@@ -494,7 +494,7 @@ def test_the_cold_start_honours_reviews(chained, capsys):
     assert "1 rejected, 1 edited, 1 added" in capsys.readouterr().out
     # PRPO's records are no chains.
     s = settings.Settings(data=settings.Data(folder=str(path.parent)))
-    assert len(run.read_records(s, path.name)) == 3
+    assert len(run.training_data(s, path.name)) == 3
 
 
 def test_a_review_of_an_older_chain_is_not_followed(chained, caplog):

@@ -18,14 +18,15 @@ A row of a JSONL file has these fields:
     source    optional string: the data set that the record comes from
     meta      optional object: facts of the task, not interpreted here
 
-A bad row never stops a run: it is skipped, counted by cause and named in the log.
+A bad row never stops a run: it is skipped, counted by cause and named in the log. Its video must
+lie under the folder of the file, symbolic links followed, unless the caller allows others.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
-import math
 import os
 import tempfile
 from collections import Counter
@@ -36,6 +37,8 @@ from typing import IO, Any
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REQUIRED = ("id", "video", "question", "options", "answer")
 _NAMED_PER_CAUSE = 20
+_LONGEST_LINE = 2**26  # bytes
+_LONGEST_SECONDS = 1e9
 
 _log = logging.getLogger(__name__)
 
@@ -124,10 +127,9 @@ class Record:
                 raise BadRecord(
                     "wrong type", f"'{name}' must be a number of seconds, found {_show(value)}."
                 )
-            if not math.isfinite(value) or value < 0:
-                raise BadRecord(
-                    "times", f"'{name}' must be finite and not negative, found {value}."
-                )
+            if not 0 <= value <= _LONGEST_SECONDS:
+                found = f"found {_show(value)}."
+                raise BadRecord("times", f"'{name}' must be finite and not negative, {found}")
         if self.end is not None and (self.start or 0.0) >= self.end:
             raise BadRecord(
                 "times",
@@ -180,13 +182,22 @@ class Record:
 
 
 class Skipped(Counter):
-    """Numbers of skipped records by cause; `skip` counts one and names it in the log."""
+    """Numbers of skipped records by cause; `skip` counts one and names it in the log.
+
+    Attributes:
+      named: what is wrong with the first ones of each cause.
+    """
+
+    def __init__(self, counts: Mapping[str, int] = (), named: Iterable[str] = ()):
+        super().__init__(counts)
+        self.named = list(named)
 
     def skip(self, where: str, error: BadRecord) -> None:
         """Counts `error`, found at `where` (such as "train.jsonl:12")."""
         self[error.cause] += 1
-        level = logging.WARNING if self[error.cause] <= _NAMED_PER_CAUSE else logging.DEBUG
-        _log.log(level, "%s: record skipped: %s", where, error)
+        if self[error.cause] <= _NAMED_PER_CAUSE:
+            self.named.append(f"{where}: {error}")
+            _log.warning("%s: record skipped: %s", where, error)
 
     def summary(self) -> str:
         """Such as "3 records skipped (2 missing field, 1 times)"."""
@@ -215,19 +226,18 @@ def read_records(
     records, skipped, seen, as_text, unknown = [], Skipped(), set(), 0, Counter()
     known = {f.name for f in dataclasses.fields(Record)}
     try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with open(path, "rb") as file:
+            for number, line in enumerate(_lines(file), start=1):
                 if not line.strip():
                     continue
-                where = f"{path}:{number}"
                 try:
                     row = _parse(line)
                     record = Record.from_row(row)
                     if record.id in seen:
                         raise BadRecord("duplicate id", f"'id' {record.id!r} was used before.")
-                    video = _place(record.video, folder, allow_outside)
+                    video = place(record.video, folder, allow_outside)
                 except BadRecord as error:
-                    skipped.skip(where, error)
+                    skipped.skip(f"{path}:{number}", error)
                     continue
                 seen.add(record.id)
                 unknown.update(row.keys() - known)
@@ -242,8 +252,7 @@ def read_records(
             "%s: %d records gave the answer's text instead of its letter; converted.", path, as_text
         )
     if unknown:
-        names = ", ".join(sorted(unknown))
-        _log.warning("%s: fields that the schema does not have were ignored: %s.", path, names)
+        _log.warning("%s: unknown fields were ignored: %s.", path, ", ".join(sorted(unknown)))
     if skipped:
         _log.warning("%s: %d records read, %s.", path, len(records), skipped.summary())
     return records, skipped
@@ -306,19 +315,47 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise
 
 
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, only its beginning."""
+    while line := file.readline(_LONGEST_LINE + 1):
+        yield line
+        while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(_LONGEST_LINE + 1)
+
+
 def _parse(line: bytes) -> Any:
+    if len(line) > _LONGEST_LINE:
+        raise BadRecord("not JSON", f"a row must be less than {_LONGEST_LINE // 2**20} MiB long.")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord("not JSON", f"a row must be a JSON object: {error}.") from error
 
 
-def _place(video: str, folder: str, allow_outside: bool) -> str:
-    """The full path of a record's video."""
+@functools.lru_cache(maxsize=65536)  # many records ask about one video
+def place(video: str, folder: str, allow_outside: bool) -> str:
+    """The full path of a record's video.
+
+    Args:
+      video: as in the record.
+      folder: full path of the data set.
+      allow_outside: whether it may lie outside of that.
+
+    Raises:
+      BadRecord: it lies outside, by its path or by a symbolic link.
+    """
+    if "\0" in video:
+        raise BadRecord("outside", f"'video' must be a path, found {_show(video)}.")
     full = os.path.normpath(os.path.join(folder, video))
-    if not allow_outside and not _is_inside(full, folder):
+    if allow_outside:
+        return full
+    inside, real = _is_inside(full, folder), os.path.realpath(full)
+    if not inside or not _is_inside(real, os.path.realpath(folder)):
+        link = f", a link to {real}" if inside else ""
         raise BadRecord(
-            "outside", f"'video' must lie under the folder of the JSONL file, found {video!r}."
+            "outside",
+            f"'video' must lie under the folder of the data ({folder}) unless "
+            f"config.data.allow_outside is set, found {_show(video)}{link}.",
         )
     return full
 
@@ -332,11 +369,21 @@ def _check_text(name: str, value: Any) -> None:
         raise BadRecord("wrong type", f"'{name}' must be a string, found {_show(value)}.")
     if not value.strip():
         raise BadRecord("empty field", f"'{name}' must not be empty.")
+    _check_encodes(name, value)
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
         raise BadRecord("wrong type", f"'{name}' must be a list of strings, found {_show(value)}.")
+    _check_encodes(name, "".join(value))
+
+
+def _check_encodes(name: str, text: str) -> None:
+    # JSON can write half a surrogate pair, and nothing else can.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRecord("wrong type", f"'{name}' has half of a character in it.") from None
 
 
 def _check_letter(name: str, value: Any, options: tuple[str, ...]) -> None:
@@ -361,5 +408,8 @@ def _letter_of(answer: Any, options: Any) -> Any:
 
 def _show(value: Any, width: int = 60) -> str:
     """A value for a sentence, cut to `width` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a very deep list
+        text = f"a {type(value).__name__}"
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -24,7 +24,19 @@ _REORDER = 16
 
 
 class VideoError(ValueError):
-    """A video that cannot be used as asked; the message is one sentence that names the file."""
+    """A video that cannot be used as asked; the message is one sentence that names the file.
+
+    Attributes:
+      cause: short name to count by: "missing", "broken", "no video", "too short", "shape", "slow",
+        "memory" or "crash".
+    """
+
+    def __init__(self, sentence: str, cause: str = "broken"):
+        super().__init__(sentence)
+        self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (str(self), self.cause)
 
 
 def frames_at(

@@ -5,6 +5,7 @@ Times are seconds from the first frame of the video. Everything here is numpy on
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import math
@@ -20,6 +21,14 @@ from PIL import Image
 
 from videomem_jax.data import seek
 from videomem_jax.data.seek import VideoError
+
+# What is read as a video. FFmpeg knows more: playlists, which name other files and addresses, and
+# text and still images, which it would show as if they were films.
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,mxf,rm,wtv,dv,"
+    "mp3,aac,wav,flac"
+)
+_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,8 @@ def read_frames(
     if times[-1] > info.duration + seek.TOLERANCE:
         raise VideoError(
             f"{path}: a frame at {times[-1]:.2f} s was asked for, but the video ends at "
-            f"{info.duration:.2f} s."
+            f"{info.duration:.2f} s.",
+            "too short",
         )
     with _opened(path) as (container, stream):
         height, width = size or (info.height, info.width)
@@ -125,7 +135,8 @@ def sample_times(
     if start >= info.duration or end > info.duration + seek.TAIL:
         raise VideoError(
             f"{path}: the part from {start:.2f} s to {end:.2f} s was asked for, but the video "
-            f"ends at {info.duration:.2f} s."
+            f"ends at {info.duration:.2f} s.",
+            "too short",
         )
     end = min(end, info.duration)
     have, want = round((end - start) * info.fps), segments * frames
@@ -133,7 +144,8 @@ def sample_times(
         raise VideoError(
             f"{path}: the part from {start:.2f} s to {end:.2f} s has {have} frames, but "
             f"{segments} segments of {frames} frames need {want}; use fewer segments or frames, "
-            f"or a longer video."
+            f"or a longer video.",
+            "too short",
         )
     return segment_times(start, end, segments, frames)
 
@@ -228,19 +240,21 @@ def patch_positions(
 def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Opens a video's container and first video stream; errors of FFmpeg become VideoError."""
     if not os.path.isfile(path):
-        raise VideoError(f"{path}: there is no such video file.")
+        raise VideoError(f"{path}: there is no such video file.", "missing")
     try:
-        with av.open(os.fspath(path)) as container:
+        # As "file:", a name with a colon in it is no address.
+        with av.open(f"file:{os.fspath(path)}", options=_OPTIONS) as container:
             # Music lists its cover as a video stream of one picture.
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & cover]
             if not streams:
-                raise VideoError(f"{path}: the file has no video stream.")
+                raise VideoError(f"{path}: the file has no video stream.", "no video")
             yield container, streams[0]
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: the video cannot be read, it may be broken or cut short (FFmpeg: "
-            f"{error.strerror})."
+            f"{error.strerror}).",
+            "memory" if error.errno == errno.ENOMEM else "broken",
         ) from error
 
 
@@ -251,7 +265,7 @@ def _probed(path: str, size: int, modified: int) -> VideoInfo:
     with _opened(path) as (container, stream):
         first = next(seek.decoded(container, stream), None)
         if first is None:
-            raise VideoError(f"{path}: the video has no frames.")
+            raise VideoError(f"{path}: the video has no frames.", "no video")
         fps = float(stream.average_rate or stream.guessed_rate or 0) or 1.0
         duration = _duration(container, stream) or _last_end(container, stream, fps)
         height, width = first.height, first.width
