@@ -3,139 +3,22 @@
 import contextlib
 import errno
 import json
-import os
-import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from tests.commands import DEMO, ROOT, done, finish, numbers, start, until
 from videomem_jax import metrics, run, settings
-from videomem_jax.models import convert
-from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig, VisionConfig
+from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
 from videomem_jax.models.qwen3_vl import abstract
-from videomem_jax.pretrain import tasks
-from videomem_jax.tokenizer import Tokenizer
-
-ROOT = pathlib.Path(__file__).parents[1]
-DEMO = "--config=configs/demo.py"
-
-
-# --- what runs need ---
-
-
-@pytest.fixture(scope="session")
-def environment(request):
-    """Of a command as a user gives it: one device, compiled code kept as the tests' own."""
-    found = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    others = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(others), "COLUMNS": "200"}
-    if getattr(request.config, "cache", None) is not None:
-        found["JAX_COMPILATION_CACHE_DIR"] = str(request.config.cache.mkdir("jax"))
-        found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    return found
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A folder with a random model of two layers that reads the demo's videos."""
-    folder = tmp_path_factory.mktemp("weights")
-    tokenizer = Tokenizer.train(tasks.corpus(0), 640)
-    text = TextConfig(
-        vocab_size=-(-len(tokenizer) // 8) * 8,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_theta=1e4,
-        mrope_section=(4, 2, 2),
-        tie_word_embeddings=True,
-    )
-    vision = VisionConfig(1, 16, 24, 2, 32, 16, deepstack_visual_indexes=(0,))
-    graph, shapes = nnx.split(abstract(Qwen3VLConfig(text, vision)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-2].key == "scale":
-            return np.ones(leaf.shape, np.float32)
-        spread = leaf.shape[-2] ** -0.5 if path[-2].key == "kernel" else 0.1
-        return spread * rng.standard_normal(leaf.shape, np.float32)
-
-    state = jax.tree_util.tree_map_with_path(draw, shapes)
-    convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
-    tokenizer.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small(weights, tmp_path_factory):
-    """Flags of a run of half a minute."""
-    keys = {
-        "model.weights": weights,
-        "data.folder": tmp_path_factory.mktemp("data"),
-        "data.train_videos": 4,
-        "data.test_videos": 2,
-        "data.long_videos": 1,
-        "data.threads": 2,
-        "prompt.frames": 4,
-        "coldstart.steps": 60,
-        "coldstart.batch": 16,
-        "coldstart.accumulate": 1,
-        "coldstart.optimizer.learning_rate": 1e-2,
-        "prpo.steps": 10,
-        "prpo.batch": 4,
-        "prpo.group_size": 4,
-        "prpo.accumulate": 1,
-        "prpo.optimizer.learning_rate": 1e-3,
-        "eval.batch": 8,
-        "eval.timelines": 2,
-        "checkpoints.every": 3,
-    }
-    return [DEMO, *(f"--config.{key}={value}" for key, value in keys.items())]
-
-
-def start(script, *args, environment):
-    """The command as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, args)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(process, limit=300):
-    """Its exit code, and what it wrote."""
-    try:
-        out, err = process.communicate(timeout=limit)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
 
 # --- a whole run ---
-
-
-@pytest.fixture(scope="session")
-def finished(small, environment, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = finish(
-        start("train.py", *small, f"--workdir={workdir}", environment=environment)
-    )
-    assert code == 0, err
-    assert "next: python eval.py" in out
-    return workdir
 
 
 @pytest.mark.slow
@@ -189,16 +72,6 @@ NUMBERS = {
 }
 
 
-def numbers(workdir):
-    """Everything in the metrics but the times, by phase and step; each once."""
-    found = {}
-    for row in metrics.read(workdir / "metrics.jsonl"):
-        place = row["phase"], row["step"]
-        assert place not in found
-        found[place] = {k: v for k, v in row.items() if k != "time" and "seconds" not in k}
-    return found
-
-
 @pytest.mark.slow
 def test_metrics_of_a_run(finished):
     rows = metrics.read(finished / "metrics.jsonl")
@@ -219,10 +92,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(finished, small, environment):
     command = ("train.py", *small, f"--workdir={workdir}")
     for phase, step in (("coldstart", 8), ("prpo", 5)):
         process = start(*command, environment=environment)
-        deadline = time.monotonic() + 240
-        while (phase, step) not in done(workdir) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(workdir, phase, step, process)
         process.send_signal(signal.SIGKILL)
         code, _, err = finish(process)
         assert code == -signal.SIGKILL, err
@@ -241,11 +111,31 @@ def test_a_killed_run_goes_on_to_the_last_digit(finished, small, environment):
     assert numbers(workdir) == numbers(finished)
 
 
-def done(workdir):
-    """Which steps have their row."""
-    with contextlib.suppress(FileNotFoundError):
-        return {(row["phase"], row["step"]) for row in metrics.read(workdir / "metrics.jsonl")}
-    return set()
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_goes_on_to_the_last_digit(finished, small, environment):
+    """SIGTERM in the cold start and in PRPO, between two checkpoints that it would have made."""
+    workdir = finished.with_name("told")
+    command = ("train.py", *small, f"--workdir={workdir}", "--config.checkpoints.every=3")
+    for phase, step in (("coldstart", 7), ("prpo", 4)):
+        process = start(*command, environment=environment)
+        until(workdir, phase, step, process)
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        code, out, err = finish(process)
+        assert code == 143, err
+        assert time.monotonic() - told < 30  # seconds, on a machine with nothing else to do
+        saved = re.search(rf"{phase}: told to stop, saved step (\d+); the same command goes", out)
+        at = int(saved.group(1))
+        assert at >= step and max(i for p, i in done(workdir) if p == phase) == at
+        assert str(at) in {path.name for path in (workdir / "checkpoints" / phase).iterdir()}
+    code, out, err = finish(start(*command, environment=environment))
+    assert code == 0, err
+    assert f"prpo: going on from step {at}" in out
+    counted = re.search(r"prpo: (\d+) programs compiled in [\d.]+ s, (\d+) of them found", out)
+    assert 2 <= int(counted.group(2)) <= int(counted.group(1))
+    assert numbers(workdir) == numbers(finished)
+    model = "model/model.safetensors"
+    assert (workdir / model).read_bytes() == (finished / model).read_bytes()
 
 
 # --- mistakes ---
@@ -591,7 +481,12 @@ def test_configs_are_compared_by_key(tmp_path):
     config = settings.default()
     run.open_workdir(str(tmp_path / "a"), config, fresh=True)
     assert run.open_workdir(str(tmp_path / "a"), config, fresh=False) == tmp_path / "a"
+    with pytest.raises(ConfigError, match="gs://b/run is no folder: mount the bucket"):
+        run.open_workdir("gs://b/run", config, fresh=True)
     (tmp_path / "a" / "metrics.jsonl").write_text("{}\n")
+    # A run may go on on other machines.
+    config.mesh.fsdp, config.prpo.accumulate, config.runtime.compiled = 8, 1, ""
+    assert run.open_workdir(str(tmp_path / "a"), config, fresh=True) == tmp_path / "a"
     config.prpo.optimizer.learning_rate = 0.25
     with pytest.raises(ConfigError, match="config.prpo.optimizer.learning_rate=1e-06, not 0.25"):
         run.open_workdir(str(tmp_path / "a"), config, fresh=True)
