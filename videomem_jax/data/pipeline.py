@@ -269,7 +269,8 @@ class Batches:
 
     def set_state(self, position: dict[str, Any]) -> None:
         """Goes on exactly where `get_state` was called."""
-        self.skip_to(position["begin"])
+        if position["begin"] != self._begin:
+            self.skip_to(position["begin"])
         self._rows.set_state(position["rows"])
 
     def skip_to(self, batch: int) -> None:
@@ -278,9 +279,8 @@ class Batches:
         For positions that are of other readers. Where records were skipped on the way there, the
         readers were further on by as many: those are read again.
         """
-        if batch != self._begin:
-            self.close()
-            self._begin, self._rows = batch, self._from(batch)
+        self.close()
+        self._begin, self._rows = batch, self._from(batch)
 
     def close(self) -> None:
         """Ends the reading."""
@@ -319,7 +319,7 @@ def evaluation_batches(
             rows = []
     if rows:
         yield stack(rows + [fill] * (part - len(rows)))
-    if reader.count > 1:
+    if reader.count > 1 and count:
         if fill is None:  # another's record then gives the shapes
             row = next(load(np.arange(count), Skips()))
             fill = row._replace(real=np.bool_(False))
