@@ -8,13 +8,14 @@ WORKDIR/report.html, and prints a table. Or evaluates a model on a benchmark:
     python eval.py --config=configs/eval.py:videomme --config.data_dir=DIR --config.weights=DIR
 """
 
+import functools
 import json
 import time
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from videomem_jax import evaluate, metrics, report, run, settings, sharding
+from videomem_jax import evaluate, hosts, metrics, report, run, settings, sharding
 from videomem_jax.benchmark import evaluation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
@@ -27,6 +28,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
     """The whole evaluation."""
     began = time.perf_counter()
     s = settings.freeze(config)
+    run.prepare(s)
     run.check_hardware(s)
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, eval__batch=s.eval.batch)
@@ -39,8 +41,9 @@ def evaluate_run(config, workdir_flag: str) -> None:
     long = run.read_records(s, s.data.test_long)[:limit] if s.data.test_long else []
 
     models = {"base": None, "coldstart": workdir / "coldstart_model", "prpo": workdir / "model"}
-    models = {k: v for k, v in models.items() if v is None or (v / "config.json").exists()}
-    loaded = {name: run.load(s, folder) for name, folder in models.items()}
+    models = {k: v for k, v in models.items() if v is None or run.done(v)}
+    place = functools.partial(sharding.parameter_shardings, mesh)
+    loaded = {name: run.load(s, folder, shardings=place) for name, folder in models.items()}
     base, best = loaded["base"], list(loaded)[-1]
     evaluator = evaluate.Evaluator(base.model, base.form, mesh)
     # The base was never taught the format: it is held to it, the trained models are not.
@@ -65,7 +68,10 @@ def evaluate_run(config, workdir_flag: str) -> None:
             blind,
         )
         skipped[name] = dict(skips.counts)
-        evaluate.write(workdir / "eval" / f"{name}.jsonl", items[name])
+        if hosts.first():
+            evaluate.write(workdir / "eval" / f"{name}.jsonl", items[name])
+    if not hosts.first():
+        return
     watch.most("peak_rss_gb", metrics.peak_rss_gb())
     watch.add("eval", time.perf_counter() - began)
 

@@ -1,13 +1,16 @@
 """Trains a model to read a video with a learned memory: cold start, then PRPO.
 
     python train.py --config=configs/demo.py --workdir=runs/demo
-    python train.py --config=configs/prpo_tpu.py --workdir=gs://.../run --config.prpo.group_size=4
+    python train.py --config=configs/prpo_tpu.py --workdir=/mnt/runs/a --config.prpo.group_size=4
 
-Killed at any moment and started again with the same command, it goes on exactly. The trained model
-is left in WORKDIR/model as a Hugging Face folder, metrics in WORKDIR/metrics.jsonl and
-WORKDIR/tensorboard.
+Killed at any moment and started again with the same command, it goes on exactly. SIGTERM saves
+first, and ends it with exit code 143. The trained model is left in WORKDIR/model as a Hugging Face
+folder, metrics in WORKDIR/metrics.jsonl and WORKDIR/tensorboard. On several hosts, start the same
+command on each, with a WORKDIR that all of them see (docs/scale.md).
 """
 
+import functools
+import sys
 import time
 
 import jax
@@ -15,7 +18,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from videomem_jax import export, run, settings, sharding
+from videomem_jax import compiled, export, hosts, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.data import pipeline
 from videomem_jax.judged_rollout import JudgedRollout, OpenAnswers
@@ -30,24 +33,41 @@ class Phase:
     """What both phases need around their step: data, checkpoints, metrics, progress."""
 
     def __init__(
-        self, name, s, trainer, records, tokenizer, batch, workdir, watch, writer, judge=None
+        self, name, s, trainer, records, tokenizer, batch, workdir, watch, writer, notice, judge
     ):
         self.name, self.settings, self.trainer = name, s, trainer
         self.records, self.tokenizer, self.judge = records, tokenizer, judge
-        self.watch, self.writer = watch, writer
-        self.skips = pipeline.Skips()
+        self.watch, self.writer, self.notice = watch, writer, notice
+        self.skips, self.clock = pipeline.Skips(), compiled.Clock()
         loader = pipeline.Loader(tokenizer, s, s.prompt.segments, chains=name == "coldstart")
         seed = s.seed + (0 if name == "coldstart" else 1)
-        self.batches = pipeline.training_batches(records, loader, s, batch, seed, self.skips)
+        self.shard = sharding.batch_sharding(trainer.mesh)
+        self.reader = hosts.reader(self.shard)
+        self.batches = pipeline.Batches(records, loader, s, batch, seed, self.skips, self.reader)
         self.checkpoints = Checkpoints(workdir / "checkpoints" / name, s.checkpoints.keep)
         self.begin, self.state = 0, trainer.first
         found = self.checkpoints.restore(trainer.first)
         if found:
-            self.begin, self.state, position = found
-            if position:  # there is none where `models.convert` made the checkpoint
-                self.batches.set_state(position)
+            self.begin, self.state, positions = found
+            self._find(positions)
             print(f"{name}: going on from step {self.begin}")
+        self.position = self.batches.get_state()
         writer.forget_after(name, self.begin)
+
+    def _find(self, positions: list[dict]) -> None:
+        """Goes on in the data after a checkpoint of as many readers, or of another number."""
+        readers = hosts.gather(list(self.reader))
+        if not any(positions):  # there are none where `models.convert` made the checkpoint
+            return
+        if [position["reader"] for position in positions] == readers:
+            self.batches.set_state(positions[jax.process_index()]["at"])
+        else:
+            self.batches.skip_to(self.begin)
+
+    def steps(self, steps: int, text: str) -> tqdm:
+        """The steps that are left, with a bar."""
+        left = range(self.begin, steps)
+        return tqdm(left, desc=text, unit="step", disable=not hosts.first())
 
     def next_batch(self):
         """The next batch, and the seconds that the step waited for it.
@@ -55,18 +75,39 @@ class Phase:
         The metric "seconds/data_share" is their share of the whole step's time.
         """
         began = time.perf_counter()
-        batch = next(self.batches)
+        batch = hosts.spread(self.shard, next(self.batches))
         return batch, time.perf_counter() - began
 
     def after(self, step: int, steps: int, values: dict) -> None:
         """Metrics and, when it is time, a checkpoint of everything up to this step."""
+        if step == self.begin + 1:
+            said = self.clock.stop()
+            self.watch.add("compile", self.clock.seconds)
+            tqdm.write(f"{self.name}: {said}", file=sys.stdout)
         self.writer.write(self.name, step, values)
+        self.position = self.batches.get_state()
         if step % self.settings.checkpoints.every == 0 or step == steps:
-            self.checkpoints.save(step, self.state, self.batches.get_state())
+            self._save(step)
+        if step < steps:
+            self.stop_if_told(step)
+
+    def _save(self, step: int) -> None:
+        place = {"reader": list(self.reader), "at": self.position}
+        self.checkpoints.save(step, self.state, place)
+
+    def stop_if_told(self, step: int) -> None:
+        """Saves what was done up to this step and raises `hosts.Stopped`, if told to stop."""
+        if self.notice.reached():
+            self._save(step)
+            self.done()
+            raise hosts.Stopped(
+                f"{self.name}: told to stop, saved step {step}; the same command goes on from there"
+            )
 
     def done(self) -> TrainState:
         """Waits for the checkpoints; the final state."""
         self.checkpoints.close()
+        self.batches.close()
         if self.skips.counts:
             print(f"{self.name}: skipped records by cause: {dict(self.skips.counts)}")
         return self.state
@@ -75,16 +116,14 @@ class Phase:
 def coldstart(phase: Phase) -> TrainState:
     """Supervised steps on chains of memory."""
     s, trainer = phase.settings, phase.trainer
-    bar = tqdm(range(phase.begin, s.coldstart.steps), desc="cold start", unit="step")
+    bar = phase.steps(s.coldstart.steps, "cold start")
     for i in bar:
         batch, waited = phase.next_batch()
         began = time.perf_counter()
         phase.state, values = trainer.supervised_step(phase.state, trainer.frozen, batch)
         values = jax.device_get(values)
-        took = time.perf_counter() - began
-        if i == phase.begin:
-            phase.watch.add("compile", took)
         bar.set_postfix(loss=f"{values['loss']:.3f}")
+        took = time.perf_counter() - began
         values |= {
             "seconds/step": took,
             "seconds/data": waited,
@@ -101,7 +140,7 @@ def prpo(phase: Phase) -> TrainState:
     if phase.judge is not None:
         answers = OpenAnswers(phase.records, phase.tokenizer, phase.judge)
         rollout_step = JudgedRollout(trainer, answers, s.judge.patience)
-    bar = tqdm(range(phase.begin, s.prpo.steps), desc="prpo", unit="step")
+    bar = phase.steps(s.prpo.steps, "prpo")
     for i in bar:
         batch, waited = phase.next_batch()
         began = time.perf_counter()
@@ -109,6 +148,7 @@ def prpo(phase: Phase) -> TrainState:
         rows, seen = rollout_step(phase.state.trained, trainer.frozen, batch, key, phase.state.step)
         seen = jax.device_get(seen)
         rolled = time.perf_counter()
+        phase.stop_if_told(i)  # a rollout is drawn again sooner than its update is computed
         for update in range(s.prpo.updates_per_rollout):
             phase.state, values = trainer.update_step(
                 phase.state, trainer.frozen, trainer.reference, rows
@@ -117,9 +157,6 @@ def prpo(phase: Phase) -> TrainState:
             if update == 0:
                 gap = values["logprob_gap"]
         values = jax.device_get(values) | seen | {"logprob_gap": float(gap)}
-        took = time.perf_counter() - rolled
-        if i == phase.begin:
-            phase.watch.add("compile", took + rolled - began)
         last = values[f"accuracy/segment_{s.prompt.segments}"]
         bar.set_postfix(
             reward=f"{values['reward']:.3f}",
@@ -128,7 +165,7 @@ def prpo(phase: Phase) -> TrainState:
         )
         values |= {
             "seconds/rollout": rolled - began,
-            "seconds/update": took,
+            "seconds/update": time.perf_counter() - rolled,
             "seconds/data": waited,
             "seconds/data_share": waited / (waited + took + rolled - began),
         }
@@ -140,6 +177,7 @@ def train(config, workdir_flag: str) -> None:
     """The whole run."""
     began = time.perf_counter()
     s = settings.freeze(config)
+    run.prepare(s, stops=True)
     run.check_hardware(s)
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, coldstart__batch=s.coldstart.batch, prpo__batch=s.prpo.batch)
@@ -165,38 +203,45 @@ def train(config, workdir_flag: str) -> None:
         if steps
     }
     judge = run.open_answers(s, data["prpo"], workdir) if "prpo" in data else None
-    loaded = run.load(s)
-    print(f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s)")
+    place = functools.partial(sharding.parameter_shardings, mesh)
+    loaded = run.load(s, shardings=place)
+    print(
+        f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s), "
+        f"{jax.process_count()} process(es)"
+    )
 
     exports = {"coldstart": workdir / "coldstart_model", "prpo": workdir / "model"}
-    for name, steps, _, loop in phases:
-        folder = exports[name]
-        if (folder / "config.json").exists():
-            print(f"{name}: done before")
-        elif steps:
-            with watch(name):
-                batch = s.coldstart.batch if name == "coldstart" else s.prpo.batch
-                trainer = Trainer(loaded.model, loaded.form, s, mesh, name)
-                phase = Phase(
-                    name,
-                    s,
-                    trainer,
-                    data[name],
-                    loaded.tokenizer,
-                    batch,
-                    workdir,
-                    watch,
-                    writer,
-                    judge,
-                )
-                state = loop(phase)
-                # config.json, which marks the phase as done, is written last.
-                source = s.model.weights or run.BASE
-                folder.mkdir(exist_ok=True)
-                settings.save_sizes(s, folder)
-                export.save(trainer.model(state), loaded.tokenizer, folder, source=source)
-        if (folder / "config.json").exists():
-            loaded = run.load(s, folder)
+    with hosts.Notice() as notice:
+        for name, steps, _, loop in phases:
+            folder = exports[name]
+            if run.done(folder):
+                print(f"{name}: done before")
+            elif steps:
+                with watch(name):
+                    batch = s.coldstart.batch if name == "coldstart" else s.prpo.batch
+                    trainer = Trainer(loaded.model, loaded.form, s, mesh, name)
+                    phase = Phase(
+                        name,
+                        s,
+                        trainer,
+                        data[name],
+                        loaded.tokenizer,
+                        batch,
+                        workdir,
+                        watch,
+                        writer,
+                        notice,
+                        judge,
+                    )
+                    state = loop(phase)
+                    # config.json, which marks the phase as done, is written last.
+                    source = s.model.weights or run.BASE
+                    if hosts.first():
+                        folder.mkdir(exist_ok=True)
+                        settings.save_sizes(s, folder)
+                    export.save(trainer.model(state), loaded.tokenizer, folder, source=source)
+            if run.done(folder):
+                loaded = run.load(s, folder, shardings=place)
     writer.close()
     watch.most("peak_rss_gb", peak_rss_gb())
     watch.add("train", time.perf_counter() - began)

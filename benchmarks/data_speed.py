@@ -94,7 +94,7 @@ def measure(s: cfg.Settings, count: int) -> dict:
     """Reads records through training's pipeline: records a second, and seconds of CPU a record."""
     found, _ = records.read_records(pathlib.Path(s.data.folder) / "train.jsonl")
     loader = pipeline.Loader(Tokenizer.load(run.BASE), s, s.prompt.segments)
-    batches = pipeline.training_batches(found, loader, s, 1, 0, pipeline.Skips())
+    batches = pipeline.Batches(found, loader, s, 1, 0, pipeline.Skips())
     first = next(batches)  # workers and decoders have started
     began, used = time.perf_counter(), _cpu()
     total = sum(int(next(batches).clip.patches.sum(dtype=np.int64)) for _ in range(count))

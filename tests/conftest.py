@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 from flax import nnx
 
+from tests.commands import DEMO, finish, start
 from tests.compiling import hasty_options
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
@@ -290,3 +291,42 @@ def weights(tmp_path_factory):
     convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(weights, tmp_path_factory):
+    """Flags of a run of half a minute."""
+    keys = {
+        "model.weights": weights,
+        "data.folder": tmp_path_factory.mktemp("data"),
+        "data.train_videos": 4,
+        "data.test_videos": 2,
+        "data.long_videos": 1,
+        "data.threads": 2,
+        "prompt.frames": 4,
+        "coldstart.steps": 60,
+        "coldstart.batch": 16,
+        "coldstart.accumulate": 1,
+        "coldstart.optimizer.learning_rate": 1e-2,
+        "prpo.steps": 10,
+        "prpo.batch": 4,
+        "prpo.group_size": 4,
+        "prpo.accumulate": 1,
+        "prpo.optimizer.learning_rate": 1e-3,
+        "eval.batch": 8,
+        "eval.timelines": 2,
+        "checkpoints.every": 3,
+    }
+    return [DEMO, *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+@pytest.fixture(scope="session")
+def finished(small, environment, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(
+        start("train.py", *small, f"--workdir={workdir}", environment=environment)
+    )
+    assert code == 0, err
+    assert "next: python eval.py" in out
+    return workdir

@@ -75,8 +75,8 @@ def test_nothing_saved(tmp_path):
 def test_everything_comes_back(tmp_path, data):
     saved(tmp_path, [3, 5], data=data).close()
     again = Checkpoints(tmp_path, 10)
-    step, state, position = again.restore(state_of(0))
-    assert step == 5 and position == data | {"at": 5}
+    step, state, positions = again.restore(state_of(0))
+    assert step == 5 and positions == [data | {"at": 5}]
     assert isinstance(state, State)
     assert_same(state, state_of(5))
     again.close()
@@ -113,8 +113,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, patt
     assert count
     again = Checkpoints(tmp_path, 10)
     with caplog.at_level(logging.WARNING):
-        step, state, position = again.restore(state_of(0))
-    assert step == 2 and position["at"] == 2
+        step, state, positions = again.restore(state_of(0))
+    assert step == 2 and positions[0]["at"] == 2
     assert_same(state, state_of(2))
     named = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
     assert len(named) == 1 and str(tmp_path / "4") in named[0] and "\n" not in named[0]

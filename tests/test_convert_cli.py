@@ -54,8 +54,8 @@ def trained(hf, config, tmp_path_factory):
     loaded = run.load(s)
     trainer = Trainer(loaded.model, loaded.form, s, sharding.make_mesh(s.mesh), "prpo")
     checkpoints = Checkpoints(folder, 9)
-    step, state, position = checkpoints.restore(trainer.first)
-    assert step == 0 and position == {}
+    step, state, positions = checkpoints.restore(trainer.first)
+    assert step == 0 and positions == [{}]
     for ours, first in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.first), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(first))
     grown = jax.tree.map(lambda a: a + 1, state.trained)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import logging
+import multiprocessing
 import pickle
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from videomem_jax import hosts
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.data import needle, pipeline, records, video
@@ -168,6 +170,9 @@ def test_open_ended_records(tokenizer, film):
     chained = dataclasses.replace(record, memories=memories, answers=("cat", "", "cat", "boat"))
     row = load(0, chained)
     assert row.gold == -1 and row.chain.answer.tolist() == [0, -1, 0, 1]
+    # Not in PRPO, where what a chain answers must not be taken for choices.
+    without = pipeline.Loader(tokenizer, settings, SEGMENTS, chains=False)(0, chained)
+    assert (without.choices == -1).all() and (without.chain.length == -1).all()
     said = [tokenizer.decode(ids[ids >= 0]) for ids in row.choices]
     assert said[:2] == ["cat", "boat"] and not any(said[2:])
     row = load(0, dataclasses.replace(chained, answers=None))
@@ -332,10 +337,10 @@ def many(n):
     return [ask(f"{i}.mp4", str(i)) for i in range(n)]
 
 
-def stream(n, batch, seed=0, bad=(), skips=None, **data):
+def stream(n, batch, seed=0, bad=(), skips=None, reader=pipeline.ALONE, **data):
     """A training iterator over n records."""
     skips = skips or pipeline.Skips()
-    return pipeline.training_batches(many(n), Tells(bad), sizes(**data), batch, seed, skips)
+    return pipeline.Batches(many(n), Tells(bad), sizes(**data), batch, seed, skips, reader)
 
 
 def take(batches, count):
@@ -409,25 +414,81 @@ def test_other_errors_are_not_swallowed(monkeypatch):
         next(stream(4, 2))
 
 
-def test_processes_share_the_records(monkeypatch):
-    """Each reads its own ones, and its part of the batch."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    parts = []
-    for i in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
-        parts.append(take(stream(12, 4), 6))
-    assert all(len(batch) == 2 for part in parts for batch in part)
+@pytest.mark.parametrize(("readers", "workers"), [(2, 0), (4, 0), (2, 2)])
+def test_readers_share_the_batches_of_one(readers, workers):
+    """Each reads its part of every batch: together the data set once an epoch, without overlap."""
+    whole = take(stream(12, 4), 6)
+    parts = [
+        stream(12, 4, reader=hosts.Reader(i, readers), workers=workers) for i in range(readers)
+    ]
+    got = [take(part, 6) for part in parts]
+    assert [sum(rows, []) for rows in zip(*got, strict=True)] == whole
     for epoch in (slice(0, 3), slice(3, 6)):
-        mine, others = (sum(part[epoch], []) for part in parts)
-        assert not set(mine) & set(others)
-        assert sorted(mine + others) == list(range(12))
+        assert sorted(sum(sum((part[epoch] for part in got), []), [])) == list(range(12))
+    for part in parts:
+        part.close()
 
 
-def test_a_process_with_bad_records_only_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(RecordError, match="none of the 4 records"):
-        next(stream(8, 4, bad=("1", "3", "5", "7")))
+def test_readers_go_on_each_where_it_was():
+    """Where one has skipped a record, it is further on than the other."""
+    bad = ("2", "3", "7")
+    for i in range(2):
+        reader = hosts.Reader(i, 2)
+        first = stream(12, 4, bad=bad, reader=reader)
+        take(first, 3)
+        position, expected = json.loads(json.dumps(first.get_state())), take(first, 4)
+        again = stream(12, 4, bad=bad, reader=reader)
+        again.set_state(position)
+        assert take(again, 4) == expected
+
+
+def test_another_number_of_readers_goes_on_with_the_next_batch():
+    whole = take(stream(12, 4), 8)
+    parts = [stream(12, 4, reader=hosts.Reader(i, 4)) for i in range(4)]
+    for part in parts:
+        part.skip_to(3)
+    got = [sum(rows, []) for rows in zip(*(take(part, 2) for part in parts), strict=True)]
+    assert got == whole[3:5]
+    # And that is a position to go on from as well.
+    two = [stream(12, 4, reader=hosts.Reader(i, 4)) for i in range(4)]
+    for part, old in zip(two, parts, strict=True):
+        part.set_state(json.loads(json.dumps(old.get_state())))
+    got = [sum(rows, []) for rows in zip(*(take(part, 3) for part in two), strict=True)]
+    assert got == whole[5:]
+
+
+def test_a_reader_of_bad_records_only_does_not_wait_for_ever():
+    with pytest.raises(RecordError, match="none of the 8 records"):
+        next(stream(8, 4, bad=[str(i) for i in range(8)], reader=hosts.Reader(1, 2)))
+
+
+def evaluated(n, batch, readers, bad=()):
+    """Real records of each reader's batches, until none of them has any; and the skips of each."""
+    skips = [pipeline.Skips() for _ in range(readers)]
+    each = [
+        pipeline.evaluation_batches(
+            many(n), Tells(bad), batch, skips[i], reader=hosts.Reader(i, readers)
+        )
+        for i in range(readers)
+    ]
+    rounds = []
+    for batches in zip(*each, strict=True):
+        assert all(b.record.shape == (batch // readers,) for b in batches)
+        if not any(b.real.any() for b in batches):
+            break
+        rounds.append([b.record[b.real].tolist() for b in batches])
+    return rounds, [dict(s.counts) for s in skips]
+
+
+def test_evaluation_is_shared_by_the_readers():
+    rounds, skips = evaluated(11, 4, 2, bad=("1", "3", "5"))
+    assert rounds == [[[0, 2], [7, 9]], [[4, 6], []], [[8, 10], []]]
+    assert skips == [{}, {"VideoError": 3}]
+    # A reader without any record takes part, and counts nothing.
+    rounds, skips = evaluated(3, 8, 4, bad=("2",))
+    assert rounds == [[[0], [1], [], []]] and skips == [{}, {}, {"VideoError": 1}, {}]
+    with pytest.raises(RecordError, match="none of the 2 records"):
+        evaluated(2, 4, 4, bad=("0", "1"))
 
 
 def test_evaluation_reads_all_in_order_and_fills_up():
@@ -451,12 +512,14 @@ def test_worker_processes_give_the_same_batches(tokenizer, film, tmp_path, caplo
     for workers in (0, 2):
         s, skips = sizes(workers=workers), pipeline.Skips()
         loader = pipeline.Loader(tokenizer, s, SEGMENTS)
-        batches = pipeline.training_batches(mixed, loader, s, 3, 0, skips)
+        batches = pipeline.Batches(mixed, loader, s, 3, 0, skips)
         first = list(itertools.islice(batches, 2))
         position = json.loads(json.dumps(batches.get_state()))
+        for worker in multiprocessing.active_children():  # told to stop, as the run may be
+            worker.terminate()
         got[workers] = first + list(itertools.islice(batches, 2))
         counts[workers] = skips.counts
-        again = pipeline.training_batches(mixed, loader, s, 3, 0, pipeline.Skips())
+        again = pipeline.Batches(mixed, loader, s, 3, 0, pipeline.Skips())
         again.set_state(position)
         assert_same(list(itertools.islice(again, 2)), got[workers][2:])
         batches.close()
@@ -475,7 +538,7 @@ def mixed(counts, weights, batch=4, seed=0, bad=(), **data):
         part = rows[start : start + count]
         parts.append(Part(f"set{start}", weight, part, np.arange(count), Counter()))
     whole = Mixture(parts)
-    return pipeline.training_batches(whole, Tells(bad), sizes(**data), batch, seed, skips)
+    return pipeline.Batches(whole, Tells(bad), sizes(**data), batch, seed, skips)
 
 
 def test_each_set_has_its_share_at_any_time():
@@ -525,5 +588,5 @@ def test_a_record_that_cannot_be_had_is_skipped():
             return super().__getitem__(index)
 
     skips = pipeline.Skips()
-    batches = pipeline.training_batches(Lost(many(5)), Tells(), sizes(), 4, 0, skips)
+    batches = pipeline.Batches(Lost(many(5)), Tells(), sizes(), 4, 0, skips)
     assert set(sum(take(batches, 5), [])) == {0, 1, 3, 4} and skips.counts == {"outside": 1}

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import pathlib
 import re
 import signal
 import subprocess
@@ -14,78 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.commands import DEMO, ROOT, done, finish, numbers, start, until
 from videomem_jax import metrics, run, settings
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
 from videomem_jax.models.qwen3_vl import abstract
 
-ROOT = pathlib.Path(__file__).parents[1]
-DEMO = "--config=configs/demo.py"
-
-
-# --- what runs need ---
-
-
-@pytest.fixture(scope="session")
-def small(weights, tmp_path_factory):
-    """Flags of a run of half a minute."""
-    keys = {
-        "model.weights": weights,
-        "data.folder": tmp_path_factory.mktemp("data"),
-        "data.train_videos": 4,
-        "data.test_videos": 2,
-        "data.long_videos": 1,
-        "data.threads": 2,
-        "prompt.frames": 4,
-        "coldstart.steps": 60,
-        "coldstart.batch": 16,
-        "coldstart.accumulate": 1,
-        "coldstart.optimizer.learning_rate": 1e-2,
-        "prpo.steps": 10,
-        "prpo.batch": 4,
-        "prpo.group_size": 4,
-        "prpo.accumulate": 1,
-        "prpo.optimizer.learning_rate": 1e-3,
-        "eval.batch": 8,
-        "eval.timelines": 2,
-        "checkpoints.every": 3,
-    }
-    return [DEMO, *(f"--config.{key}={value}" for key, value in keys.items())]
-
-
-def start(script, *args, environment):
-    """The command as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, args)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(process, limit=300):
-    """Its exit code, and what it wrote."""
-    try:
-        out, err = process.communicate(timeout=limit)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
 # --- a whole run ---
-
-
-@pytest.fixture(scope="session")
-def finished(small, environment, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = finish(
-        start("train.py", *small, f"--workdir={workdir}", environment=environment)
-    )
-    assert code == 0, err
-    assert "next: python eval.py" in out
-    return workdir
 
 
 @pytest.mark.slow
@@ -140,16 +73,6 @@ NUMBERS = {
 }
 
 
-def numbers(workdir):
-    """Everything in the metrics but the times, by phase and step; each once."""
-    found = {}
-    for row in metrics.read(workdir / "metrics.jsonl"):
-        place = row["phase"], row["step"]
-        assert place not in found
-        found[place] = {k: v for k, v in row.items() if k != "time" and "seconds" not in k}
-    return found
-
-
 @pytest.mark.slow
 def test_metrics_of_a_run(finished):
     rows = metrics.read(finished / "metrics.jsonl")
@@ -170,10 +93,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(finished, small, environment):
     command = ("train.py", *small, f"--workdir={workdir}")
     for phase, step in (("coldstart", 8), ("prpo", 5)):
         process = start(*command, environment=environment)
-        deadline = time.monotonic() + 240
-        while (phase, step) not in done(workdir) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(workdir, phase, step, process)
         process.send_signal(signal.SIGKILL)
         code, _, err = finish(process)
         assert code == -signal.SIGKILL, err
@@ -192,11 +112,31 @@ def test_a_killed_run_goes_on_to_the_last_digit(finished, small, environment):
     assert numbers(workdir) == numbers(finished)
 
 
-def done(workdir):
-    """Which steps have their row."""
-    with contextlib.suppress(FileNotFoundError):
-        return {(row["phase"], row["step"]) for row in metrics.read(workdir / "metrics.jsonl")}
-    return set()
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_goes_on_to_the_last_digit(finished, small, environment):
+    """SIGTERM in the cold start and in PRPO, between two checkpoints that it would have made."""
+    workdir = finished.with_name("told")
+    command = ("train.py", *small, f"--workdir={workdir}", "--config.checkpoints.every=3")
+    for phase, step in (("coldstart", 7), ("prpo", 4)):
+        process = start(*command, environment=environment)
+        until(workdir, phase, step, process)
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        code, out, err = finish(process)
+        assert code == 143, err
+        assert time.monotonic() - told < 30  # seconds, on a machine with nothing else to do
+        saved = re.search(rf"{phase}: told to stop, saved step (\d+); the same command goes", out)
+        at = int(saved.group(1))
+        assert at >= step and max(i for p, i in done(workdir) if p == phase) == at
+        assert str(at) in {path.name for path in (workdir / "checkpoints" / phase).iterdir()}
+    code, out, err = finish(start(*command, environment=environment))
+    assert code == 0, err
+    assert f"prpo: going on from step {at}" in out
+    counted = re.search(r"prpo: (\d+) programs compiled in [\d.]+ s, (\d+) of them found", out)
+    assert 2 <= int(counted.group(2)) <= int(counted.group(1))
+    assert numbers(workdir) == numbers(finished)
+    model = "model/model.safetensors"
+    assert (workdir / model).read_bytes() == (finished / model).read_bytes()
 
 
 # --- mistakes ---
@@ -542,7 +482,12 @@ def test_configs_are_compared_by_key(tmp_path):
     config = settings.default()
     run.open_workdir(str(tmp_path / "a"), config, fresh=True)
     assert run.open_workdir(str(tmp_path / "a"), config, fresh=False) == tmp_path / "a"
+    with pytest.raises(ConfigError, match="gs://b/run is no folder: mount the bucket"):
+        run.open_workdir("gs://b/run", config, fresh=True)
     (tmp_path / "a" / "metrics.jsonl").write_text("{}\n")
+    # A run may go on on other machines.
+    config.mesh.fsdp, config.prpo.accumulate, config.runtime.compiled = 8, 1, ""
+    assert run.open_workdir(str(tmp_path / "a"), config, fresh=True) == tmp_path / "a"
     config.prpo.optimizer.learning_rate = 0.25
     with pytest.raises(ConfigError, match="config.prpo.optimizer.learning_rate=1e-06, not 0.25"):
         run.open_workdir(str(tmp_path / "a"), config, fresh=True)

@@ -491,3 +491,31 @@ def test_a_restored_state_goes_on_exactly(trainer_of, batch, tmp_path):
     assert_same(said, expected)
     assert_same(final, whole)
     assert int(final.step) == 4 and float(said[1][0]["tau"]) == pytest.approx(0.995**3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_on_another_mesh(trainer_of, batch, tmp_path):
+    """Saved on 8 devices (fsdp), gone on with on 4 (tensor), and from there on 1."""
+    meshes, said, states = ((1, 8, 1), (1, 1, 4), ONE), [], []
+    for at, mesh in enumerate(meshes):
+        trainer = trainer_of(mesh, "coldstart", COLD)
+        state, checkpoints = fresh(trainer), Checkpoints(tmp_path, 3)
+        if at:
+            step, state, _ = checkpoints.restore(trainer.first)
+            assert step == at
+            assert_same(state, states[-1])
+            places = jax.tree.map(lambda a: a.sharding, (state, trainer.first))
+            assert places[0] == places[1]
+        state, values = trainer.supervised_step(state, trainer.frozen, batch)
+        checkpoints.save(at + 1, state, {})
+        checkpoints.close()
+        said.append(host(values))
+        states.append(host(state))
+    # As if it had been on one device all the time.
+    trainer = trainer_of(ONE, "coldstart", COLD)
+    state, expected = fresh(trainer), []
+    for _ in meshes:
+        state, values = trainer.supervised_step(state, trainer.frozen, batch)
+        expected.append(host(values))
+    assert_close(said, expected)
+    assert expected[2]["loss"] < expected[0]["loss"] - 0.01

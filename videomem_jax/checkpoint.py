@@ -1,7 +1,8 @@
 """Checkpoints of all that a phase needs to go on exactly: state, data position. All orbax is here.
 
 A checkpoint is written to one side and renamed when whole, so a kill at any moment leaves the last
-one usable; one that is damaged all the same is passed over for the one before it.
+one usable; one that is damaged all the same is passed over for the one before it. With several
+processes all of them save and restore, each its own shards, into one folder that all can see.
 """
 
 from __future__ import annotations
@@ -15,11 +16,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from videomem_jax import hosts
+
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message is one sentence."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but that it does not ask for notices to stop.
+
+    It would ask with the step of a phase, and JAX wants one count for the whole run: that is
+    `hosts.Notice`.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -28,14 +42,20 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int):
         self._folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = _Manager(self._folder, options=options)
 
     def save(self, step: int, state: Any, data: dict) -> None:
-        """Saves in the background; `data` is the data iterator's state.
+        """Saves in the background, if there is no checkpoint of this step yet.
+
+        Args:
+          step: of the phase.
+          state: what the steps change.
+          data: where this process's data iterator stands; each process gives its own.
 
         Raises:
           CheckpointError: if an earlier save failed, for instance on a full disk.
         """
+        data = {"processes": hosts.gather(data)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         with self._said():
             self._manager.save(step, args=args)
@@ -50,8 +70,10 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def restore(self, like: Any) -> tuple[int, Any, dict] | None:
-        """The newest usable checkpoint: step, state, data position; None if there is none.
+    def restore(self, like: Any) -> tuple[int, Any, list[dict]] | None:
+        """The newest usable checkpoint: step, state, data positions; None if there is none.
+
+        The positions are one of each process that saved it, in their order.
 
         Args:
           like: a state whose shapes, dtypes and shardings the result takes.
@@ -62,16 +84,18 @@ class Checkpoints:
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
             )
+            found = None
             try:
                 found = self._manager.restore(step, args=args)
             except Exception as error:  # whatever orbax meets in a damaged file
                 cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 _log.warning("checkpoint %s cannot be read (%s)", self._folder / str(step), cause)
+            if not all(hosts.gather(found is not None)):  # all processes go on from the same one
                 continue
             # Only now: their steps are to be saved again. Where none is usable, all are kept.
             for damaged in steps[:at]:
                 self._manager.delete(damaged)
-            return step, found["state"], found["data"]
+            return step, found["state"], found["data"]["processes"]
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints in {self._folder} can be read: if that run is lost, "

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int32
 from tqdm import tqdm
 
+from videomem_jax import hosts, sharding
 from videomem_jax import memory as mem
 from videomem_jax import settings as cfg
-from videomem_jax import sharding
 from videomem_jax.batch import Batch
 from videomem_jax.data import pipeline
 from videomem_jax.data.records import LETTERS, Record
-from videomem_jax.grammar import Grammar
+from videomem_jax.grammar import Grammar, Parsed
 from videomem_jax.metrics import interval
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import Tokenizer
+
+
+class Reading(NamedTuple):
+    """Memories and answers [t, b, ...] of a whole batch, on every host, and whose they are."""
+
+    parsed: Parsed
+    record: Int32[np.ndarray, " b"]
+    real: Bool[np.ndarray, " b"]
 
 
 class Evaluator:
@@ -32,20 +42,30 @@ class Evaluator:
     def __init__(self, model: Qwen3VL, form: mem.Format, mesh: Mesh):
         self._graph, _ = nnx.split(model)
         self._form, self._mesh = form, mesh
-        shard = sharding.batch_sharding(mesh)
-        self.read = jax.jit(self._read, in_shardings=(None, None, shard))
+        self.shard = sharding.batch_sharding(mesh)
+        self._jitted = jax.jit(
+            self._read,
+            in_shardings=(None, None, self.shard),
+            out_shardings=sharding.replicated(mesh),
+        )
 
     def place(self, model: Qwen3VL) -> nnx.State:
         """A model's parameters on the mesh, as `read` takes them."""
         params = nnx.state(model)
         return jax.device_put(params, sharding.parameter_shardings(self._mesh, params))
 
-    def _read(self, params, grammar: Grammar, batch: Batch):
+    def read(self, params: nnx.State, grammar: Grammar, batch: Batch) -> Reading:
+        """What is read in the parts `[b / readers, ...]` of a batch that the processes give."""
+        placed = hosts.spread(self.shard, batch)
+        return jax.device_get(self._jitted(params, grammar, placed))
+
+    def _read(self, params, grammar: Grammar, batch: Batch) -> Reading:
         model, form = nnx.merge(self._graph, params), self._form._replace(grammar=grammar)
         sampling = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
         features = mem.see(model, batch.clip)
         steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling)
-        return jax.tree.map(lambda a: a[:, :, 0], steps.parsed)
+        parsed = jax.tree.map(lambda a: a[:, :, 0], steps.parsed)
+        return Reading(parsed, batch.record, batch.real)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,33 +125,64 @@ def run(
 ) -> tuple[list[Item], pipeline.Skips]:
     """Reads every record's video; with `blind`, frames are grey and show nothing.
 
-    `grammar` decides whether the format is forced on the model.
+    The processes share the records. `grammar` decides whether the format is forced on the model.
 
     Returns:
-      One item a record that could be read, and the count of those that could not.
+      One item a record that could be read, in their order, and the count of those that could not;
+      the same in every process.
     """
     loader = pipeline.Loader(tokenizer, settings, segments, blind)
-    skips, items = pipeline.Skips(), []
-    with tqdm(total=len(records), desc=f"eval {name}", unit="question") as bar:
-        for batch in pipeline.evaluation_batches(records, loader, settings.eval.batch, skips):
-            parsed = jax.device_get(evaluator.read(params, grammar, batch))
-            for i in np.flatnonzero(batch.real):
-                record = records[int(batch.record[i])]
-                lengths = [int(n) for n in parsed.length[:, i]]
-                items.append(
-                    Item(
-                        record,
-                        loader.times(record),
-                        [
-                            tokenizer.decode(ids[:n])
-                            for ids, n in zip(parsed.memory[:, i], lengths, strict=True)
-                        ],
-                        lengths,
-                        [LETTERS[a] if a >= 0 else None for a in parsed.answer[:, i]],
-                    )
-                )
+    skips, items = pipeline.Skips(), {}
+    with tqdm(
+        total=len(records), desc=f"eval {name}", unit="question", disable=not hosts.first()
+    ) as bar:
+        for batch in _together(
+            pipeline.evaluation_batches(
+                records,
+                loader,
+                settings.eval.batch,
+                skips,
+                reader=hosts.reader(evaluator.shard),
+            )
+        ):
+            found = evaluator.read(params, grammar, batch)
+            for i in np.flatnonzero(found.real):
+                at = int(found.record[i])
+                items[at] = _item(records[at], loader, tokenizer, found.parsed, i)
                 bar.update()
-    return items, skips
+    skips.counts = _added(skips.counts, evaluator)
+    return [items[at] for at in sorted(items)], skips
+
+
+def _together(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, for as long as any process has rows: all of them must read equally often."""
+    for batch in batches:
+        if not any(hosts.gather(bool(batch.real.any()))):
+            return
+        yield batch
+
+
+def _item(record: Record, loader, tokenizer: Tokenizer, parsed: Parsed, i: int) -> Item:
+    lengths = [int(n) for n in parsed.length[:, i]]
+    memories = zip(parsed.memory[:, i], lengths, strict=True)
+    return Item(
+        record,
+        loader.times(record),
+        [tokenizer.decode(ids[:n]) for ids, n in memories],
+        lengths,
+        [LETTERS[a] if a >= 0 else None for a in parsed.answer[:, i]],
+    )
+
+
+def _added(counts: Mapping[str, int], evaluator: Evaluator) -> collections.Counter[str]:
+    """Counts by cause, added up over the readers."""
+    total: collections.Counter[str] = collections.Counter()
+    readers, seen = hosts.readers(evaluator.shard), set()
+    for process, found in enumerate(hosts.gather(dict(counts))):
+        if readers[process] not in seen:  # some may have read the same part
+            seen.add(readers[process])
+            total.update(found)
+    return total
 
 
 def write(path: pathlib.Path, items: Sequence[Item]) -> None:

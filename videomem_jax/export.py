@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+from videomem_jax import hosts
 from videomem_jax.models import convert
 from videomem_jax.models.convert.write import copy_companions
 from videomem_jax.models.qwen3_vl import Qwen3VL
@@ -22,7 +23,8 @@ def save(
 ) -> None:
     """Writes everything that transformers, or this project, needs to use the model again.
 
-    config.json is written last, so that a folder that has it is whole.
+    config.json is written last, so that a folder that has it is whole. With several processes all
+    give their parts of the parameters, and the first one writes.
 
     Args:
       model, tokenizer: what to write; the tags go along as special tokens.
@@ -33,14 +35,18 @@ def save(
       WeightsError, ConfigError: see there.
     """
     folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if source is not None and not folder.samefile(source):
-            copy_companions(pathlib.Path(source), folder)
-        tokenizer.save(folder)
-        _name_tags(folder, tokenizer)
-    except OSError as error:
-        raise convert.WeightsError(f"{folder}: it cannot be written ({error})") from None
+
+    def beside_the_weights():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if source is not None and not folder.samefile(source):
+                copy_companions(pathlib.Path(source), folder)
+            tokenizer.save(folder)
+            _name_tags(folder, tokenizer)
+        except OSError as error:
+            raise convert.WeightsError(f"{folder}: it cannot be written ({error})") from None
+
+    hosts.first_does(beside_the_weights)
     convert.save_pretrained(model, folder, source=source, dtype=dtype)
 
 

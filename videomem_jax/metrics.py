@@ -13,9 +13,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from videomem_jax import hosts
+
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and `tensorboard/` in a run's folder.
+    """Writes `metrics.jsonl` and `tensorboard/` in a run's folder; the first process does.
 
     One row a step: `{"phase", "step", "time", name: number, ...}`; time in seconds since the run
     (this process) began.
@@ -23,15 +25,18 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "metrics.jsonl"
+        self._board = None
+        self._started = time.time()
+        if not hosts.first():
+            return
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies when the disk is full, and `write` would wait for it
         # for ever.
         self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
-        self._started = time.time()
 
     def forget_after(self, phase: str, step: int) -> None:
         """Drops what a killed run wrote after the checkpoint from which this one goes on."""
-        if not self._path.exists():
+        if not self._board or not self._path.exists():
             return
         rows = [row for row in read(self._path) if row["phase"] != phase or row["step"] <= step]
         part = self._path.with_suffix(".part")
@@ -40,6 +45,8 @@ class MetricsWriter:
 
     def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Adds a row."""
+        if not self._board:
+            return
         row = {"phase": phase, "step": step, "time": round(time.time() - self._started, 3)}
         row |= {name: float(value) for name, value in values.items()}
         with self._path.open("a") as out:
@@ -55,7 +62,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the event file."""
-        self._board.close()
+        if self._board:
+            self._board.close()
 
 
 def read(path: pathlib.Path) -> list[dict]:

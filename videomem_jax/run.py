@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_dict
 
-from videomem_jax import grammar, judge, llm, report, settings
+from videomem_jax import compiled, grammar, hosts, judge, llm, report, settings
 from videomem_jax.checkpoint import CheckpointError
 from videomem_jax.data import needle, needle_chains, records, sources
 from videomem_jax.data.video import VideoError
@@ -32,11 +32,15 @@ from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.prompt import PromptError, turn_end
 from videomem_jax.tokenizer import Tokenizer
 
-# Keys of a config that change nothing in what a run learns.
-_REACHED = ("url", "key_env", "concurrency", "timeout", "retries", "limit", "patience")
-_MAY_DIFFER = {"eval", *(f"judge.{key}" for key in _REACHED)}
-
 BASE = pathlib.Path(__file__).parent / "assets" / "tiny_base"
+
+# Keys that may differ from start to start of one run: they change nothing in what it learns.
+_REACHED = ("url", "key_env", "concurrency", "timeout", "retries", "limit", "patience")
+_FREE = {
+    *("eval", "runtime", "hardware", "devices", "mesh"),
+    *(f"judge.{key}" for key in _REACHED),
+    *("coldstart.accumulate", "prpo.accumulate", "model.remat"),
+}
 
 # Errors whose message is a sentence for the user; anything else is a bug and keeps its trace.
 SAID = (
@@ -49,11 +53,15 @@ SAID = (
     report.ReportError,
     convert.WeightsError,
     llm.LLMError,
+    hosts.HostsError,
 )
 
 
 def entry(main: Callable[[], None]) -> None:
-    """Runs an entry's work; a user's mistake ends it with one sentence and exit code 2."""
+    """Runs an entry's work; a user's mistake ends it with one sentence and exit code 2.
+
+    Being told to stop, and having saved everything, ends it with exit code 143.
+    """
     # Read when the first device is asked for. On a CPU this halves the time to compile, and the
     # programs are no slower.
     flag = "--xla_cpu_experimental_ynn_fusion_type="
@@ -63,6 +71,9 @@ def entry(main: Callable[[], None]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main()
+    except hosts.Stopped as stop:
+        print(stop)
+        sys.exit(hosts.EXIT_STOPPED)
     except SAID as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -117,6 +128,17 @@ def _file_config(argv: list[str]) -> config_dict.ConfigDict | None:
     return None
 
 
+def prepare(s: settings.Settings, stops: bool = False) -> None:
+    """Joins the processes on other hosts, and looks for compiled programs; before any device.
+
+    Args:
+      s: the run's settings.
+      stops: see `hosts.start`.
+    """
+    hosts.start(s.runtime.wait, stops)
+    compiled.keep(s.runtime.compiled)
+
+
 def check_hardware(s: settings.Settings) -> None:
     """ConfigError if the config is made for other hardware than this machine has."""
     have, count = jax.default_backend(), jax.device_count()
@@ -138,21 +160,36 @@ def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> p
 
     Args:
       workdir: path; made if `fresh`.
-      config: of the run. A folder holds one config's run. `eval.*` may differ between starts, and
-        how the judge is reached.
+      config: of the run. A folder holds one config's run. What only says on which machines and how
+        a step is computed, how the judge is reached, and `eval.*` may differ between starts.
       fresh: whether a new run may begin there.
 
     Raises:
-      ConfigError: the folder is another config's, or (not `fresh`) holds no run.
+      ConfigError: the folder is another config's, or (not `fresh`) holds no run, or not all hosts
+        can see it.
     """
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir={workdir} is no folder: mount the bucket (gcsfuse does), and give the path"
+        )
     path = pathlib.Path(workdir)
+    hosts.first_does(lambda: _mark(path, config, fresh))
+    if not all(hosts.gather((path / "config.json").exists())):
+        raise ConfigError(
+            f"--workdir={workdir}: not every host sees what the first one wrote there: give a "
+            f"folder that all of them share"
+        )
+    return path
+
+
+def _mark(path: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
     file = path / "config.json"
     new = json.loads(config.to_json())
     if file.exists():
         old = json.loads(file.read_text())
         key = _difference(old, new)
         if not key:
-            return path
+            return
         # A run that stopped before its first step (a wrong path, say) is in nobody's way.
         if (path / "metrics.jsonl").exists():
             raise ConfigError(
@@ -165,12 +202,16 @@ def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> p
     part = file.with_suffix(".part")
     part.write_text(json.dumps(new, indent=1))
     part.replace(file)
-    return path
+
+
+def done(folder: pathlib.Path) -> bool:
+    """Whether a model was left in a folder, as the first process sees it."""
+    return hosts.gather((folder / "config.json").exists())[0]
 
 
 def _difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
     for key, value in old.items():
-        if f"{prefix}{key}" in _MAY_DIFFER:
+        if f"{prefix}{key}" in _FREE:
             continue
         if isinstance(value, dict) and isinstance(new.get(key), dict):
             found = _difference(value, new[key], f"{prefix}{key}.")
@@ -185,6 +226,12 @@ def make_data(s: settings.Settings) -> None:
     """Generates the embedded task's data where the config asks for it; done at once if there."""
     if s.data.task != "needle":
         return
+    hosts.first_does(lambda: _make_needle(s))
+    if not hosts.first():  # there by now, unless this host has a disk of its own
+        _make_needle(s)
+
+
+def _make_needle(s: settings.Settings) -> None:
     d, t = s.data, s.prompt.segments
     try:
         splits = {
@@ -341,6 +388,8 @@ class Stopwatch:
     def add(self, name: str, seconds: float) -> None:
         """Adds to a name and saves."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if not hosts.first():
+            return
         part = self._file.with_suffix(".part")
         part.write_text(json.dumps(self.seconds))
         part.replace(self._file)

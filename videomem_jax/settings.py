@@ -204,6 +204,14 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How the processes run; may differ from start to start."""
+
+    compiled: str = "auto"  # folder of compiled programs; "auto": in the user's cache; "": none
+    wait: int = 300  # seconds to wait for the processes on other hosts at the start
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """One run."""
 
@@ -220,6 +228,7 @@ class Settings:
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
     checkpoints: Checkpoints = Checkpoints()
+    runtime: Runtime = Runtime()
 
     @property
     def paths(self) -> int:
@@ -347,6 +356,7 @@ def _check(s: Settings) -> None:
         ("data.prefetch", s.data.prefetch),
         ("data.threads", s.data.threads),
         ("data.decoder_mb", s.data.decoder_mb),
+        ("runtime.wait", s.runtime.wait),
     ):
         need(value >= 1, key, value, "at least 1")
     for key, value in (

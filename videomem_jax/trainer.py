@@ -104,7 +104,11 @@ class Trainer:
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
-        self.rollout_step = jax.jit(self._rollout, in_shardings=(None, None, shard, same, same))
+        self.rollout_step = jax.jit(
+            self._rollout,
+            in_shardings=(None, None, shard, same, same),
+            out_shardings=(None, same),
+        )
         self.update_step = jax.jit(
             self._update,
             in_shardings=(self._shardings, None, None, None),

@@ -229,7 +229,7 @@ if __name__ == "__main__":
     data = cfg.Data(workers=int(sys.argv[2]), threads=1, time_limit=600.0)
     s = cfg.Settings(data=data, prompt=cfg.Prompt(2, 4, 6144, 300), memory=cfg.Memory(60, 20))
     loader = pipeline.Loader(Tokenizer.load(run.BASE), s, 2)
-    next(pipeline.training_batches(found, loader, s, 1, 0, pipeline.Skips()))
+    next(pipeline.Batches(found, loader, s, 1, 0, pipeline.Skips()))
 """
 
 
@@ -326,7 +326,7 @@ def test_training_on_a_folder_with_bad_videos(tokenizer, tmp_path, bad, caplog, 
         skips = pipeline.Skips()
         loader = pipeline.Loader(tokenizer, s, 2)
         with caplog.at_level(logging.WARNING):
-            batches = pipeline.training_batches(found, loader, s, 4, 7, skips)
+            batches = pipeline.Batches(found, loader, s, 4, 7, skips)
             seen.append([next(batches).record.tolist() for _ in range(10)])
         counts.append(dict(skips.counts))
         batches.close()

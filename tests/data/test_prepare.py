@@ -116,7 +116,7 @@ def test_training_from_it_is_the_same(done, settings, tokenizer, workers):
         loader = pipeline.Loader(tokenizer, s, 2)
         if place and not workers:
             loader._frames._decoder = None  # would fail
-        made = pipeline.training_batches(found, loader, s, 4, 3, skips)
+        made = pipeline.Batches(found, loader, s, 4, 3, skips)
         batches.append(list(itertools.islice(made, 5)))
         counts.append(skips.counts)
         made.close()

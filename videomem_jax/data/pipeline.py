@@ -13,9 +13,11 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
+import sys
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -29,10 +31,12 @@ from videomem_jax.data.frames import Frames
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError
 from videomem_jax.data.sources import Mixture
 from videomem_jax.data.video import VideoError
+from videomem_jax.hosts import Reader
 from videomem_jax.prompt import PromptError, answers, memory_ids, write_prefix
 from videomem_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
+ALONE = Reader()
 
 
 class Loader:
@@ -190,48 +194,46 @@ class _Load(grain.transforms.Map):
             return _Unusable(int(index), name, type(error).__name__, str(error))
 
 
-def training_batches(
-    records: Sequence[Record],
-    loader: Loader,
-    settings: cfg.Settings,
-    batch: int,
-    seed: int,
-    skips: Skips,
-) -> grain.DatasetIterator:
-    """Endless shuffled batches of rows `[b, ...]`; `get_state`/`set_state` give the position.
+class _Order(grain.transforms.Map):
+    """The record of a row of this process, in the order that all processes share.
+
+    Batch k of all is `batch` records of the endless shuffled order, and each reader takes its own
+    part of them: whatever the number of readers, the batches are the same.
+    """
+
+    def __init__(self, order: grain.MapDataset, batch: int, reader: Reader, begin: int):
+        self.shuffled = order
+        self.batch, self.reader, self.begin = batch, reader, begin
+
+    def map(self, row):
+        part = self.batch // self.reader.count
+        first = (self.begin + row // part) * self.batch + self.reader.index * part
+        return self.shuffled[int(first + row % part)]
+
+
+def _order(records: Sequence[Record], seed: int) -> grain.MapDataset:
+    """Numbers of records, endless and shuffled.
 
     Records of a `Mixture` are drawn by its weights: of any number of rows in a row, each data set
     has its share, to within one.
-
-    Each process of a multi-host run reads its own records.
     """
-    shard, shards = jax.process_index(), jax.process_count()
     groups = records.groups() if isinstance(records, Mixture) else [(1.0, np.arange(len(records)))]
-    own = [(weight, index[shard::shards]) for weight, index in groups]
-    own = [(weight, index) for weight, index in own if len(index)]
-    workers, threads = settings.data.workers, settings.data.threads
-    ahead = -(-settings.data.prefetch * batch // max(workers, 1))
     # Each set has an order of its own: with the same one, sets of equal size would go in step.
     orders = [
         grain.MapDataset.source(index).seed(seed + 1000 * number).shuffle().repeat()
-        for number, (_, index) in enumerate(own)
+        for number, (_, index) in enumerate(groups)
     ]
-    weights = [weight for weight, _ in own]
-    data = grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
-    data = data.map(_Load(loader, records)).to_iter_dataset(
-        grain.ReadOptions(threads, max(ahead, threads))
-    )
-    if workers:
-        # Rows, not batches: the order is then that of no workers, and skips are counted here.
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
-        data = data.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    count = sum(len(index) for _, index in own)
-    data = data.filter(functools.partial(skips.usable, of=count))
-    return iter(data.batch(batch // shards, drop_remainder=True, batch_fn=stack))
+    weights = [weight for weight, _ in groups]
+    return grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
 
 
-def _end_with_parent(worker: int, workers: int) -> None:
-    """Has a worker end when the run is killed: it would wait for ever to hand over a row."""
+def _worker(worker: int, count: int) -> None:
+    """Has a worker end with its run, and not before.
+
+    SIGTERM often goes to all processes of a run: its last steps still need the workers. Of one that
+    is killed they would wait for ever to hand over a row.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     killed = multiprocessing.parent_process().sentinel
 
     def watch() -> None:
@@ -241,22 +243,119 @@ def _end_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Batches:
+    """Endless shuffled batches of rows `[b / readers, ...]`: this process's part of each.
+
+    Args:
+      records, loader: what to read, and how.
+      settings: of the run.
+      batch: rows of all readers together.
+      seed: of the order.
+      skips: counts what cannot be used.
+      reader: the part of this process.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        loader: Loader,
+        settings: cfg.Settings,
+        batch: int,
+        seed: int,
+        skips: Skips,
+        reader: Reader = ALONE,
+    ):
+        self._records, self._loader, self._data = records, loader, settings.data
+        self._batch, self._seed, self._skips, self._reader = batch, seed, skips, reader
+        self._begin, self._rows = 0, self._from(0)
+
+    def _from(self, begin: int) -> grain.DatasetIterator:
+        """Rows from batch `begin` on."""
+        part, count = self._batch // self._reader.count, len(self._records)
+        order = _order(self._records, self._seed)
+        workers, threads = self._data.workers, self._data.threads
+        ahead = -(-self._data.prefetch * part // max(workers, 1))
+        rows = (
+            grain.MapDataset.range(sys.maxsize)
+            .map(_Order(order, self._batch, self._reader, begin))
+            .map(_Load(self._loader, self._records))
+            .to_iter_dataset(grain.ReadOptions(threads, max(ahead, threads)))
+        )
+        if workers:
+            # Rows, not batches: the order is then that of no workers, and skips are counted here.
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+            rows = rows.mp_prefetch(options, worker_init_fn=_worker)
+        rows = rows.filter(functools.partial(self._skips.usable, of=count))
+        return iter(rows.batch(part, drop_remainder=True, batch_fn=stack))
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._rows)
+
+    def get_state(self) -> dict[str, Any]:
+        """This process's position, for `set_state` of the same reader."""
+        return {"begin": self._begin, "rows": self._rows.get_state()}
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes on exactly where `get_state` was called."""
+        if position["begin"] != self._begin:
+            self.skip_to(position["begin"])
+        self._rows.set_state(position["rows"])
+
+    def skip_to(self, batch: int) -> None:
+        """Goes on with a batch of the shared order, whatever this process has read.
+
+        For positions that are of other readers. Where records were skipped on the way there, the
+        readers were further on by as many: those are read again.
+        """
+        self.close()
+        self._begin, self._rows = batch, self._from(batch)
+
+    def close(self) -> None:
+        """Ends the reading."""
+        self._rows.close()
+
+
 def evaluation_batches(
-    records: Sequence[Record], loader: Loader, batch: int, skips: Skips, threads: int = 2
-):
-    """All records in order as batches; the last one is filled up with rows that are not `real`."""
-    data = grain.MapDataset.source(np.arange(len(records))).map(_Load(loader, records))
-    rows: list[Batch] = []
-    # By default grain would hold 500 rows, each of many megabytes.
-    for row in data.to_iter_dataset(grain.ReadOptions(threads, max(batch, threads))):
-        if skips.usable(row, len(records)):
-            rows.append(row)
-        if len(rows) == batch:
+    records: Sequence[Record],
+    loader: Loader,
+    batch: int,
+    skips: Skips,
+    threads: int = 2,
+    reader: Reader = ALONE,
+) -> Iterator[Batch]:
+    """This process's records, every `reader.count`-th, in order, as batches `[b / readers, ...]`.
+
+    The last batch is filled up with rows that are not `real`. With several readers, batches of such
+    rows alone follow for ever: who reads faster, or fewer, can wait for the others.
+    """
+    count = len(records)
+    part = batch // reader.count
+    mine = np.arange(count)[reader.index :: reader.count]
+
+    def load(index, counted) -> Iterator[Batch]:
+        data = grain.MapDataset.source(index).map(_Load(loader, records))
+        # By default grain would hold 500 rows, each of many megabytes.
+        ahead = grain.ReadOptions(threads, max(part, threads))
+        return (row for row in data.to_iter_dataset(ahead) if counted.usable(row, count))
+
+    rows, fill = [], None
+    for row in load(mine, skips) if len(mine) else ():
+        fill = fill or row._replace(real=np.bool_(False))
+        rows.append(row)
+        if len(rows) == part:
             yield stack(rows)
             rows = []
     if rows:
-        fill = rows[0]._replace(real=np.bool_(False))
-        yield stack(rows + [fill] * (batch - len(rows)))
+        yield stack(rows + [fill] * (part - len(rows)))
+    if reader.count > 1 and count:
+        if fill is None:  # another's record then gives the shapes
+            row = next(load(np.arange(count), Skips()))
+            fill = row._replace(real=np.bool_(False))
+        while True:
+            yield stack([fill] * part)
 
 
 def stack(rows: Sequence[Batch]) -> Batch:

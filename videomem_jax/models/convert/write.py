@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from videomem_jax import hosts
 from videomem_jax.models.config import Qwen3VLConfig
 from videomem_jax.models.convert.read import check, open_tensors
 from videomem_jax.models.convert.table import INDEX, ONE_FILE, WeightsError, tensors
@@ -54,10 +56,11 @@ def save_pretrained(
     """Writes config.json and the weights so that transformers loads the folder as it is.
 
     Every file is written beside its place and renamed, the weights before config.json; weights of
-    an earlier save that are no part of this one are removed. Other files are left alone.
+    an earlier save that are no part of this one are removed. Other files are left alone. With
+    several processes all of them call this, the first one writes, and none returns before it has.
 
     Args:
-      model: whose parameters this process can read.
+      model: its parameters may be spread over the hosts.
       folder: made if absent.
       source: the folder that the model came from. A tensor whose parameter still has the value that
         it was given there is written with the bits that it has there, whatever dtype the parameter
@@ -83,6 +86,11 @@ def save_pretrained(
             files = [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(groups))]
         raw = model.config.to_hf() if came is None else came.config
         try:
+            if not hosts.first():
+                for _, leaf, i, _ in itertools.chain(*groups):
+                    hosts.whole(leaf if i is None else leaf[i])
+                hosts.wait("model saved")
+                return
             folder.mkdir(parents=True, exist_ok=True)
             if came and not same:
                 copy_companions(came.folder, folder)
@@ -91,7 +99,7 @@ def save_pretrained(
             for file, group in zip(files, groups, strict=True):
                 content = {}
                 for entry, leaf, i, name in group:
-                    part = np.asarray(leaf[i] if entry.stacked else leaf)
+                    part = hosts.whole(leaf if i is None else leaf[i])
                     content[name] = _tensor(entry, name, part, dtype, came)
                 kinds |= {value.dtype for value in content.values()}
                 total += sum(value.nbytes for value in content.values())
@@ -110,6 +118,7 @@ def save_pretrained(
             widest = max(kinds, key=lambda kind: (kind.itemsize, kind.name))
             raw = {k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": widest.name}
             _write_json(folder / "config.json", raw)
+            hosts.wait("model saved")
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{folder}: the weights cannot be written ({error})") from None
 
@@ -153,7 +162,7 @@ def _tensor(entry, name: str, part: np.ndarray, dtype, came: _Source | None) -> 
 
 
 def _groups(pairs, dtype, limit: int):
-    """(entry, parameter, layer, name) of every tensor, file by file."""
+    """(entry, parameter, layer or None, name) of every tensor, file by file."""
     groups, size = [[]], 0
     for entry, leaf in pairs:
         count = math.prod(entry.shape) * jnp.dtype(dtype or leaf.dtype).itemsize
@@ -161,7 +170,7 @@ def _groups(pairs, dtype, limit: int):
             if size + count > limit and groups[-1]:
                 groups.append([])
                 size = 0
-            groups[-1].append((entry, leaf, i, name))
+            groups[-1].append((entry, leaf, i if entry.stacked else None, name))
             size += count
     return groups
 

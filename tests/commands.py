@@ -1,0 +1,91 @@
+"""Commands as processes of their own, and what they leave."""
+
+import concurrent.futures
+import contextlib
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+from videomem_jax import metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEMO = "--config=configs/demo.py"
+
+
+def start(script, *args, environment):
+    """The command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, args)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process, limit=300):
+    """Its exit code, and what it wrote."""
+    try:
+        out, err = process.communicate(timeout=limit)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def numbers(workdir):
+    """Everything in the metrics but the times, by phase and step; each once."""
+    found = {}
+    for row in metrics.read(workdir / "metrics.jsonl"):
+        place = row["phase"], row["step"]
+        assert place not in found
+        found[place] = {k: v for k, v in row.items() if k != "time" and "seconds" not in k}
+    return found
+
+
+def done(workdir):
+    """Which steps have their row."""
+    with contextlib.suppress(FileNotFoundError):
+        return {(row["phase"], row["step"]) for row in metrics.read(workdir / "metrics.jsonl")}
+    return set()
+
+
+def until(workdir, phase, step, *processes):
+    """Waits for a step's row, or for the end of a process."""
+    deadline = time.monotonic() + 300
+    while (phase, step) not in done(workdir) and all(p.poll() is None for p in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def start_pair(script, *args, environment):
+    """The command as two processes of two CPU devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = environment.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    return [
+        start(
+            script,
+            *args,
+            environment=environment
+            | {
+                "XLA_FLAGS": flags,
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+            },
+        )
+        for i in range(2)
+    ]
+
+
+def finish_pair(pair, limit=300):
+    """The exit codes of two processes, and what each wrote; without what Gloo tells itself."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ends = list(pool.map(lambda process: finish(process, limit), pair))
+    codes, outs, errs = zip(*ends, strict=True)
+    return codes, [re.sub(r"^\[Gloo\].*\n", "", out, flags=re.M) for out in outs], errs
