@@ -202,7 +202,7 @@ def train(config, workdir_flag: str) -> None:
         for name, steps, file, _ in phases
         if steps
     }
-    judge = run.open_answers(s, data["prpo"], workdir) if "prpo" in data else None
+    judge = run.judge_of(s, workdir) if "prpo" in data else None
     place = functools.partial(sharding.parameter_shardings, mesh)
     loaded = run.load(s, shardings=place)
     print(

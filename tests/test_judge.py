@@ -1,10 +1,7 @@
 """Judges: exact match by hand, the LLM's verdicts, and that a failed call is no verdict."""
 
-import collections
-import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 pytest.importorskip("openai")
@@ -13,7 +10,6 @@ from tests.endpoint import Raw, Stall, asked, serving
 from videomem_jax import run, settings
 from videomem_jax.data import records
 from videomem_jax.data.records import Record, RecordError
-from videomem_jax.data.sources import Mixture, Part
 from videomem_jax.judge import Case, exact, normal, open_judge, read_verdict
 from videomem_jax.llm import BadReply, LLMError
 
@@ -30,6 +26,10 @@ KEY = "sk-secret-0123456789"
         ("3", "three", False),
         ("Ann and Bo", "Ann", False),
         ("theatre", "atre", False),
+        ("A", "A", True),
+        ("A", "an", False),
+        ("the", "", False),
+        ("", "", False),
     ],
 )
 def test_exact_match(answer, reference, same):
@@ -142,61 +142,42 @@ def test_a_config_that_cannot_be(key, value, sentence):
 # --- in a run ---
 
 
-def records_of(*kinds):
-    return [
-        Record(f"r{i}", "v.mp4", "who?", (), "Ann", memories=("m",), answers=("Ann",))
-        if kind == "open"
-        else Record(f"r{i}", "v.mp4", "who?", ("Ann", "Bo"), "A")
-        for i, kind in enumerate(kinds)
-    ]
-
-
-def with_reward(reward, **judge):
+def with_reward(reward, tokens=16, **judge):
     judge = {"model": "m", "retries": 0, "timeout": 30.0} | judge
     return settings.Settings(
-        prompt=settings.Prompt(answer_tokens=16),
+        prompt=settings.Prompt(answer_tokens=tokens),
         prpo=settings.PRPO(reward=reward),
         judge=settings.Judge(**judge),
     )
 
 
-def mixture_of(*kinds):
-    found = records_of(*kinds)
-    return Mixture([Part("x.jsonl", None, found, np.arange(len(found)), collections.Counter())])
-
-
-def test_open_ended_records_need_a_judge(tmp_path):
-    choices, both = mixture_of("choices"), mixture_of("open", "choices")
-    assert (choices.open_ended(), both.open_ended()) == (0, 1)
-    assert run.open_answers(with_reward("judge"), choices, tmp_path) is None
-    assert run.open_answers(with_reward("exact"), both, tmp_path) is exact
-    narrow = dataclasses.replace(with_reward("exact"), prompt=settings.Prompt(answer_tokens=1))
+def test_the_judge_of_a_run(tmp_path):
+    assert run.judge_of(with_reward("choices", tokens=1), tmp_path) is None
+    assert run.judge_of(with_reward("exact"), tmp_path) is exact
     with pytest.raises(settings.ConfigError, match="answer_tokens=1 leaves no room"):
-        run.open_answers(narrow, both, tmp_path)
-
-
-def test_open_ended_records_are_left_out_where_nothing_judges_them(tmp_path, capsys):
-    records.write_records(tmp_path / "x.jsonl", records_of("open", "choices"))
-    s = settings.Settings(data=settings.Data(folder=str(tmp_path)))
-    assert [r.id for r in run.training_data(s, "x.jsonl")] == ["r1"]
-    assert "left out: 1 by having no options" in capsys.readouterr().out
-    assert [r.id for r in run.training_data(s, "x.jsonl", open_ended=True)] == ["r0", "r1"]
-    records.write_records(tmp_path / "x.jsonl", records_of("open"))
-    with pytest.raises(RecordError, match="nothing is left of its 1 records"):
-        run.training_data(s, "x.jsonl")
-
-
-def test_a_run_with_a_judge_finds_it_out_first(tmp_path):
+        run.judge_of(with_reward("exact", tokens=1), tmp_path)
     with serving(lambda *_: '{"correct": true}') as server:
-        s = with_reward("judge", url=server.url)
-        judge = run.open_answers(s, mixture_of("open"), tmp_path)
+        judge = run.judge_of(with_reward("judge", url=server.url), tmp_path)
         assert judge([Case("who?", "Ann", "Annie")]) == [True]
         judge.close()
         assert (tmp_path / "judge.sqlite").exists()
+        # One that cannot be asked is found out before anything expensive.
         server.reply = lambda *_: Raw(401, b"{}")
+        s = with_reward("judge", url=server.url, key_env="NO_SUCH_KEY", model="other")
         with pytest.raises(LLMError, match="failed: HTTP 401.*is not set"):
-            s = with_reward("judge", url=server.url, key_env="NO_SUCH_KEY", model="other")
-            run.open_answers(s, mixture_of("open"), tmp_path)
+            run.judge_of(s, tmp_path)
+
+
+def test_without_a_judge_open_ended_records_are_left_out(tmp_path, capsys):
+    found = [Record("a", "v.mp4", "who?", (), "Ann"), Record("b", "v.mp4", "who?", ("A", "B"), "A")]
+    records.write_records(tmp_path / "x.jsonl", found)
+    s = settings.Settings(data=settings.Data(folder=str(tmp_path)))
+    assert [r.id for r in run.training_data(s, "x.jsonl")] == ["b"]
+    assert "left out: 1 by having no options" in capsys.readouterr().out
+    assert [r.id for r in run.training_data(s, "x.jsonl", open_ended=True)] == ["a", "b"]
+    records.write_records(tmp_path / "x.jsonl", found[:1])
+    with pytest.raises(RecordError, match="nothing is left of its 1 records"):
+        run.training_data(s, "x.jsonl")
 
 
 def test_a_judge_may_move_between_starts_but_not_change(tmp_path):

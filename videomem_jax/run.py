@@ -285,22 +285,19 @@ def training_data(
     return mixture
 
 
-def open_answers(
-    s: settings.Settings, found: sources.Mixture, workdir: pathlib.Path
-) -> judge.Judge | None:
-    """The judge of PRPO's open-ended records; None where there are none of these.
+def judge_of(s: settings.Settings, workdir: pathlib.Path) -> judge.Judge | None:
+    """PRPO's judge of open-ended answers; None where only multiple choice earns a reward.
 
     Raises:
       LLMError: the judge cannot be asked.
       ConfigError: there is no room for an answer in words.
     """
-    count = found.open_ended()
-    if not count:
+    if s.prpo.reward == "choices":
         return None
     if s.prompt.answer_tokens < 2:
         raise ConfigError(
             f"config.prompt.answer_tokens={s.prompt.answer_tokens} leaves no room for an answer in "
-            f"words: raise it, to 32 for instance, since {count} records are open-ended"
+            f"words, as config.prpo.reward={s.prpo.reward!r} asks for: raise it, to 32 for instance"
         )
     if s.prpo.reward == "exact":
         return judge.exact

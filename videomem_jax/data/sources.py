@@ -123,10 +123,6 @@ class Mixture(Sequence[Record]):
         lists = (part for part in self.parts if not isinstance(part.records, RecordTable))
         return any(part.records[i].memories for part in lists for i in part.chosen)
 
-    def open_ended(self) -> int:
-        """How many of the records are questions without options."""
-        return sum(int(_facts(part.records).is_open[part.chosen].sum()) for part in self.parts)
-
     def summary(self) -> str:
         """A line for each data set."""
         lines = []
@@ -194,7 +190,7 @@ def _choose(
     found: Sequence[Record], data: cfg.Data, open_ended: bool
 ) -> tuple[Int[np.ndarray, " n"], Counter]:
     """Numbers of the records that pass the filters, and how many each filter stops."""
-    facts = _facts(found)
+    facts = _table_facts(found) if isinstance(found, RecordTable) else _list_facts(found)
     filters = {
         "kind": ~facts.matches("category", data.kinds),
         "source": ~facts.matches("source", data.sources),
@@ -229,10 +225,6 @@ class _Facts:
             for value in values
         ]
         return np.array(good, bool)[which]
-
-
-def _facts(found: Sequence[Record]) -> _Facts:
-    return _table_facts(found) if isinstance(found, RecordTable) else _list_facts(found)
 
 
 def _table_facts(table: RecordTable) -> _Facts:
