@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 
 from videomem_jax import instructions, llm
 from videomem_jax.data import video
-from videomem_jax.data.clip import frame_size
 from videomem_jax.data.records import LETTERS, BadRecord, Record
+from videomem_jax.data.sampling import frame_size
 from videomem_jax.judge import Case, Judge
 from videomem_jax.settings import Settings
 
