@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.data import benchmark_folders as folders
+from tests.endpoint import serving
 from videomem_jax import compare, evaluate, run, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.benchmark import config as keys
@@ -20,6 +21,7 @@ from videomem_jax.benchmark import evaluation, reading
 from videomem_jax.benchmark.reading import Way
 from videomem_jax.data import benchmarks, records
 from videomem_jax.data.benchmarks import mlvu
+from videomem_jax.llm import LLMError
 from videomem_jax.models.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -261,8 +263,27 @@ def test_open_questions(config_of, folder_of, tmp_path):
     (way,) = evaluation.plan(c, keys.settings(c))
     samples = evaluation.Samples(tmp_path)
     judged = evaluation.numbers(benchmark, way, samples, benchmark.lost, lenient)["open_ended"]
-    assert (judged["metric"], judged["unjudged"]) == ("lenient", 1)
+    assert (judged["metric"], judged["unjudged"]) == ("judged by an LLM", 1)
     assert (judged["mean"], judged["n"]) == (1, 1)
+
+
+def test_a_judge_behind_an_endpoint(config_of, folder_of, tmp_path):
+    """Asked once for each answer, before which it must be there; its key is written nowhere."""
+    pytest.importorskip("openai")
+    folder = folder_of("mlvu")
+    with serving(lambda *_: '{"correct": true}') as server:
+        config = config_of("mlvu", folder, open_ended=True)
+        config.judge.url, config.judge.model, config.judge.retries = server.url, "m", 0
+        evaluation.evaluate_benchmark(config, str(tmp_path))
+        (one,) = results_of(tmp_path)["readings"]
+        judged = one["open_ended"]
+        assert (judged["metric"], judged["mean"], judged["n"]) == ("judged by an LLM", 1, 2)
+        asked = len(server.calls)
+        evaluation.evaluate_benchmark(config, str(tmp_path))
+        assert len(server.calls) == asked  # all verdicts were on disk
+    config.judge.model = "another"
+    with pytest.raises(LLMError, match="the judge at .* failed"):
+        evaluation.evaluate_benchmark(config, str(tmp_path))
 
 
 def test_options_of_several_tokens_are_answered(config_of, folder_of, weights):

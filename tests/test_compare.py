@@ -63,20 +63,6 @@ def test_a_question_of_several_kinds_counts_in_each():
     assert list(found["length"]) == ["60", "600"]
 
 
-@pytest.mark.parametrize(
-    ("said", "answer", "right"),
-    [
-        ("A cat.", "the cat", True),
-        ("cat", "Cat!", True),
-        ("cats", "cat", False),
-        ("", "cat", False),
-        ("the", "a", False),
-    ],
-)
-def test_exact_match(said, answer, right):
-    assert scores.exact_match([scores.Case("What?", answer, said)]) == [right]
-
-
 # --- two runs ---
 
 

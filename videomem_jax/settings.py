@@ -320,6 +320,16 @@ def build(cls, config, where: str):
     return cls(**values)
 
 
+def check_judge(judge: Judge) -> None:
+    """ConfigError if the judge of a configuration can be no endpoint."""
+    try:
+        llm.check_key_name(judge.key_env)
+        if judge.url:
+            judge.endpoint()
+    except llm.LLMError as error:
+        raise ConfigError(f"config.judge: {error}") from None
+
+
 def _check(s: Settings) -> None:
     def need(good: bool, key: str, value, what: str) -> None:
         if not good:
@@ -370,12 +380,7 @@ def _check(s: Settings) -> None:
         ("judge.retries", s.judge.retries),
     ):
         need(value >= 0, key, value, "0 or more")
-    try:
-        llm.check_key_name(s.judge.key_env)
-        if s.judge.url:
-            s.judge.endpoint()
-    except llm.LLMError as error:
-        raise ConfigError(f"config.judge: {error}") from None
+    check_judge(s.judge)
     need(
         s.prpo.reward != "judge" or s.judge.url,
         "judge.url",

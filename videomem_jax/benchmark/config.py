@@ -33,7 +33,7 @@ class Config:
     memory: bool = True  # off: all frames at once, no memory, a reply in free words
     video: bool = True  # off: all frames are grey
     forced: bool = True  # hold the model to the format of memory and answer
-    open_ended: bool = False  # ask questions without options too; scored by exact match
+    open_ended: bool = False  # ask questions without options too; right by exact match or `judge`
     limit: int = 0  # questions, taken evenly; 0 for all
     batch: int = 8  # questions read together
     threads: int = 4  # that decode
@@ -42,6 +42,7 @@ class Config:
     allow_outside: bool = False  # let rows name videos outside data_dir
     timelines: int = 12  # in the report
     mesh: cfg.Mesh = cfg.Mesh()
+    judge: cfg.Judge = cfg.Judge()  # of open-ended answers, where it has a URL
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -95,6 +96,7 @@ def freeze(config: config_dict.ConfigDict) -> Config:
         need(getattr(c, key) >= 0, key, "0 or more")
     for key in ("batch", "threads"):
         need(getattr(c, key) >= 1, key, "at least 1")
+    cfg.check_judge(c.judge)
     for name in ("config.json", "tokenizer.json"):
         need(
             (pathlib.Path(c.weights) / name).is_file(),

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 from tqdm import tqdm
 
+from videomem_jax import judge as judges
 from videomem_jax import metrics, run, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.benchmark import config as keys
@@ -39,7 +40,8 @@ def evaluate_benchmark(config: config_dict.ConfigDict, workdir: str | None) -> N
       workdir: for the results; by default runs/BENCHMARK/MODEL.
 
     Raises:
-      ConfigError, RecordError: one sentence on what cannot be used, before anything expensive.
+      ConfigError, RecordError, LLMError: one sentence on what cannot be used, before anything
+        expensive.
     """
     began = time.perf_counter()
     c = keys.freeze(config)
@@ -53,12 +55,13 @@ def evaluate_benchmark(config: config_dict.ConfigDict, workdir: str | None) -> N
     folder = pathlib.Path(workdir or default_workdir(c))
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, identity(c, s, benchmark))
+    judge = judge_of(c, folder)
     samples = Samples(folder)
     for note in benchmark.notes:
         print(note)
 
     lost = read(c, s, benchmark, ways, samples, mesh)
-    results = summarise(benchmark, ways, s.prompt.segments, samples, lost) | {
+    results = summarise(benchmark, ways, s.prompt.segments, samples, lost, judge) | {
         "depends_on": depends_on(c, s, benchmark, ways),
         "config": json.loads(config.to_json()),
         "versions": run.versions(),
@@ -70,6 +73,19 @@ def evaluate_benchmark(config: config_dict.ConfigDict, workdir: str | None) -> N
     shown = page.write(folder, c.timelines)
     print(table(results))
     print(f"results: {folder / 'results.json'}\nreport: {shown}")
+
+
+def judge_of(c: Config, folder: pathlib.Path) -> judges.Judge:
+    """What says whether an open-ended answer is right; its verdicts are kept in `folder`.
+
+    Raises:
+      LLMError: the judge that the configuration names cannot be asked.
+    """
+    if not (c.open_ended and c.judge.url):
+        return judges.exact
+    judge = judges.open_judge(c.judge, folder / "judge.sqlite")
+    judge.check()
+    return judge
 
 
 def chosen(benchmark: Benchmark, c: Config) -> Benchmark:
@@ -179,12 +195,13 @@ def summarise(
     own: int,
     samples: Samples,
     lost: Mapping[int, Sequence[Lost]],
+    judge: judges.Judge = judges.exact,
 ) -> dict[str, Any]:
     """The numbers: of each reading, and which of them is the one to quote.
 
     That is the one with the model's `own` number of segments, or with the most, if it has none.
     """
-    readings = [numbers(benchmark, way, samples, lost[way.segments]) for way in ways]
+    readings = [numbers(benchmark, way, samples, lost[way.segments], judge) for way in ways]
     counts = [way.segments for way in ways]
     main = readings[counts.index(own) if own in counts else -1]
     options = [len(q.options) for q in benchmark.questions if not q.is_open]
@@ -205,7 +222,7 @@ def numbers(
     way: Way,
     samples: Samples,
     lost: Sequence[Lost],
-    judge: scores.Judge = scores.exact_match,
+    judge: judges.Judge = judges.exact,
 ) -> dict[str, Any]:
     """The numbers of one reading. What is lost counts as wrong; what is open, by itself."""
     found = [(q, samples.rows.get((way.segments, q.id))) for q in benchmark.questions]
@@ -224,7 +241,7 @@ def numbers(
         if not q.is_open
     ] + gone[False]
     opened = [(q, steps[-1]["answer"] or "") for q, steps in answered if q.is_open]
-    verdicts = judge([scores.Case(q.question, q.answer, said) for q, said in opened])
+    verdicts = judge([judges.Case(q.question, q.answer, said) for q, said in opened])
     open_marks = [
         scores.Mark(q.id, q.video, (verdict,), q.groups)
         for (q, _), verdict in zip(opened, verdicts, strict=True)
@@ -250,7 +267,7 @@ def numbers(
     }
     if open_marks:
         result["open_ended"] = {
-            "metric": judge.__name__.replace("_", " "),
+            "metric": "exact match" if judge is judges.exact else "judged by an LLM",
             "unjudged": verdicts.count(None),
         } | scores.share(open_marks)
     return result

@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -40,27 +40,6 @@ class Mark:
     def after(self, segment: int) -> bool:
         """Whether the answer after a segment (-1: the last) was right; a lost one never was."""
         return self.right[segment] if -len(self.right) <= segment < len(self.right) else False
-
-
-class Case(NamedTuple):
-    """An answer in free words, to be judged against the reference."""
-
-    question: str
-    reference: str
-    answer: str
-
-
-# For each case, whether it is right; None where that could not be told.
-Judge = Callable[[Sequence[Case]], list[bool | None]]
-
-
-def exact_match(cases: Sequence[Case]) -> list[bool | None]:
-    """Right where answer and reference have the same words, but for case, articles and signs."""
-    return [bool(_bare(c.answer)) and _bare(c.answer) == _bare(c.reference) for c in cases]
-
-
-def _bare(text: str) -> list[str]:
-    return [word for word in re.findall(r"\w+", text.casefold()) if word not in ("a", "an", "the")]
 
 
 def share(marks: Sequence[Mark], segment: int = -1) -> Share:
