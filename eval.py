@@ -12,6 +12,7 @@ import functools
 import json
 import time
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -30,6 +31,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
     s = settings.freeze(config)
     run.prepare(s)
     run.check_hardware(s)
+    s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, eval__batch=s.eval.batch)
     run.check_weights(s)

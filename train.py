@@ -2,6 +2,7 @@
 
     python train.py --config=configs/demo.py --workdir=runs/demo
     python train.py --config=configs/prpo_tpu.py --workdir=/mnt/runs/a --config.prpo.group_size=4
+    python train.py --config=configs/prpo_tpu.py --workdir=runs/plan --aot=v5p:2x2x4
 
 Killed at any moment and started again with the same command, it goes on exactly. SIGTERM saves
 first, and ends it with exit code 143. The trained model is left in WORKDIR/model as a Hugging Face
@@ -10,6 +11,7 @@ command on each, with a WORKDIR that all of them see (docs/scale.md).
 """
 
 import functools
+import pathlib
 import sys
 import time
 
@@ -18,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from videomem_jax import compiled, export, hosts, run, settings, sharding
+from videomem_jax import aot, compiled, export, hosts, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.data import pipeline
 from videomem_jax.judged_rollout import JudgedRollout, OpenAnswers
@@ -27,6 +29,12 @@ from videomem_jax.trainer import Trainer, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, model.")
+_AOT = flags.DEFINE_string(
+    "aot",
+    None,
+    "Only compile for a machine, such as v5p:2x2x4, h100:8 or cpu:8; see videomem_jax.aot",
+)
+_AOT_STEPS = flags.DEFINE_list("aot_steps", [], "Steps to compile with --aot; all by default.")
 
 
 class Phase:
@@ -179,6 +187,7 @@ def train(config, workdir_flag: str) -> None:
     s = settings.freeze(config)
     run.prepare(s, stops=True)
     run.check_hardware(s)
+    s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, coldstart__batch=s.coldstart.batch, prpo__batch=s.prpo.batch)
     run.check_weights(s)
@@ -252,7 +261,17 @@ def main(argv):
     """Checks the flags, then trains."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    run.entry(lambda: train(run.given_config(_CONFIG.value), run.given_workdir(_WORKDIR.value)))
+    if _AOT.value:
+        run.entry(lambda: ahead_of_time(_AOT.value, _AOT_STEPS.value))
+    else:
+        run.entry(lambda: train(run.given_config(_CONFIG.value), run.given_workdir(_WORKDIR.value)))
+
+
+def ahead_of_time(target: str, steps: list[str]) -> None:
+    """Compiles the run's steps for a machine that need not be here; prints what they cost."""
+    config = run.given_config(_CONFIG.value)
+    workdir = pathlib.Path(run.given_workdir(_WORKDIR.value))
+    aot.check(settings.freeze(config), target, workdir, steps)
 
 
 if __name__ == "__main__":

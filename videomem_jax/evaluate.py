@@ -24,6 +24,7 @@ from videomem_jax.data import pipeline
 from videomem_jax.data.records import LETTERS, Record
 from videomem_jax.grammar import Grammar, Parsed
 from videomem_jax.metrics import interval
+from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import Tokenizer
 
@@ -41,10 +42,10 @@ class Evaluator:
 
     def __init__(self, model: Qwen3VL, form: mem.Format, mesh: Mesh):
         self._graph, _ = nnx.split(model)
-        self._form, self._mesh = form, mesh
+        self._form, self._mesh, self._dtype = form, mesh, model.dtype
         self.shard = sharding.batch_sharding(mesh)
         self._jitted = jax.jit(
-            self._read,
+            sharding.laid_out(mesh, self._read),
             in_shardings=(None, None, self.shard),
             out_shardings=sharding.replicated(mesh),
         )
@@ -52,7 +53,7 @@ class Evaluator:
     def place(self, model: Qwen3VL) -> nnx.State:
         """A model's parameters on the mesh, as `read` takes them."""
         params = nnx.state(model)
-        return jax.device_put(params, sharding.parameter_shardings(self._mesh, params))
+        return sharding.place(params, sharding.parameter_shardings(self._mesh, params))
 
     def read(self, params: nnx.State, grammar: Grammar, batch: Batch) -> Reading:
         """What is read in the parts `[b / readers, ...]` of a batch that the processes give."""
@@ -60,6 +61,7 @@ class Evaluator:
         return jax.device_get(self._jitted(params, grammar, placed))
 
     def _read(self, params, grammar: Grammar, batch: Batch) -> Reading:
+        params = kernels_in(params, self._dtype)
         model, form = nnx.merge(self._graph, params), self._form._replace(grammar=grammar)
         sampling = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
         features = mem.see(model, batch.clip)

@@ -11,6 +11,7 @@ the others, and its tokens have no part in the update.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -78,18 +79,23 @@ class JudgedRollout:
         self._trainer, self._answers, self._patience = trainer, answers, patience
         self._in_vain = 0
         shard, same = sharding.batch_sharding(trainer.mesh), sharding.replicated(trainer.mesh)
+        laid_out = functools.partial(sharding.laid_out, trainer.mesh)
         self._see = jax.jit(
-            self._seen, in_shardings=(None, None, shard), out_shardings=(None, shard)
+            laid_out(self._seen), in_shardings=(None, None, shard), out_shardings=(None, shard)
         )
         self._write = jax.jit(
-            self._written, in_shardings=(None, None, shard, None, shard, same, same)
+            laid_out(self._written), in_shardings=(None, None, shard, None, shard, same, same)
         )
         self._choose = jax.jit(
-            self._chosen,
+            laid_out(self._chosen),
             in_shardings=(shard, shard, None, shard, same, same, same),
             out_shardings=(shard, None),
         )
-        self._gather = jax.jit(self._gathered, in_shardings=(shard, None, None, same))
+        self._gather = jax.jit(
+            laid_out(self._gathered),
+            in_shardings=(shard, None, None, same),
+            out_shardings=(trainer.row_shardings, same),
+        )
 
     def __call__(
         self, trained, frozen, batch: Batch, key: jax.Array, step: Int[Array, ""]

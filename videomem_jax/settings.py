@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import typing
@@ -28,7 +29,12 @@ class Model:
 
     weights: str = ""  # folder in Hugging Face's layout; "" is the tiny base model shipped here
     dtype: str = "float32"  # of the activations: float32 or bfloat16
-    remat: bool = False  # recompute each decoder layer in the backward pass
+    param_dtype: str = "float32"  # of the parameters; bfloat16 where only adapters are trained
+    remat: str = "none"  # what of a layer is computed again: none, all, or all but its "attention"
+    attention: str = "auto"  # auto (what the hardware has), xla, splash (TPU) or cudnn (GPU)
+    chunk: int = 64  # positions of a completion whose logits exist at once
+    lora_rank: int = 0  # train adapters of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float = 32.0  # adapters count lora_alpha / lora_rank
     train_vision: bool = False  # train the vision tower too, in the cold start
 
 
@@ -116,7 +122,7 @@ class Coldstart:
 
     steps: int = 800  # 0 leaves this phase out
     batch: int = 32  # examples; each gives one sequence a segment
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0: a prompt a device at a time
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 
@@ -126,7 +132,7 @@ class PRPO:
 
     steps: int = 1000  # rollouts; 0 leaves this phase out
     batch: int = 16  # examples a rollout
-    accumulate: int = 4  # micro-batches an update
+    accumulate: int = 4  # micro-batches an update; 0: a prompt a device at a time
     group_size: int = 8  # completions an example and step (G)
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
@@ -188,7 +194,11 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices on each axis; -1 on one of them takes what is left."""
+    """Devices on each axis; -1 on one of them takes what is left.
+
+    With fsdp and tensor 0 they are chosen: as many parts of the batch as divide it, and `tensor`
+    takes what is left.
+    """
 
     data: int = -1  # splits the batch
     fsdp: int = 1  # splits the batch and the parameters
@@ -251,6 +261,31 @@ def freeze(config: config_dict.ConfigDict) -> Settings:
     settings = build(Settings, config, "config")
     _check(settings)
     return settings
+
+
+def for_devices(settings: Settings, count: int) -> Settings:
+    """The settings with what they leave to the number of devices chosen for it.
+
+    Args:
+      settings: with `mesh.fsdp=0` and `mesh.tensor=0`, or an `accumulate` of 0.
+      count: of devices.
+    """
+    s, mesh = settings, settings.mesh
+    if mesh.fsdp == mesh.tensor == 0:
+        data = max(mesh.data, 1)
+        batch = math.gcd(s.coldstart.batch, s.prpo.batch, s.eval.batch)
+        fsdp = math.gcd(count // data, batch // math.gcd(batch, data))
+        mesh = Mesh(data, fsdp, max(count // (data * fsdp), 1))
+    # Parts of the batch; a mesh that does not fit is `sharding.make_mesh`'s to refuse.
+    rows = count // mesh.tensor if mesh.tensor > 0 else max(mesh.data, 1) * max(mesh.fsdp, 1)
+
+    def accumulate(part):
+        whole = s.prompt.segments * max(part.batch // max(rows, 1), 1)
+        return dataclasses.replace(part, accumulate=part.accumulate or whole)
+
+    return dataclasses.replace(
+        s, mesh=mesh, coldstart=accumulate(s.coldstart), prpo=accumulate(s.prpo)
+    )
 
 
 def save_sizes(settings: Settings, folder: str | os.PathLike) -> None:
@@ -340,6 +375,23 @@ def _check(s: Settings) -> None:
 
     one_of("hardware", s.hardware, "any", "tpu", "gpu")
     one_of("model.dtype", s.model.dtype, "float32", "bfloat16")
+    one_of("model.param_dtype", s.model.param_dtype, "float32", "bfloat16")
+    one_of("model.remat", s.model.remat, "none", "all", "attention", "products")
+    one_of("model.attention", s.model.attention, "auto", "xla", "splash", "cudnn")
+    need(s.model.lora_rank >= 0, "model.lora_rank", s.model.lora_rank, "0 or more")
+    need(
+        s.model.param_dtype == "float32" or s.model.lora_rank > 0,
+        "model.param_dtype",
+        s.model.param_dtype,
+        "float32 where the weights are trained (config.model.lora_rank=0): a step's change would "
+        "be lost in rounding",
+    )
+    need(
+        s.model.lora_rank == 0 or not s.model.train_vision,
+        "model.train_vision",
+        s.model.train_vision,
+        "off with adapters (config.model.lora_rank above 0)",
+    )
     one_of("prompt.answer", s.prompt.answer, "letter", "text")
     one_of("prompt.answer_from", s.prompt.answer_from, "all", "memory")
     one_of("data.task", s.data.task, "records", "needle")
@@ -353,10 +405,9 @@ def _check(s: Settings) -> None:
         ("prompt.options", s.prompt.options),
         ("memory.slots", s.memory.slots),
         ("coldstart.batch", s.coldstart.batch),
-        ("coldstart.accumulate", s.coldstart.accumulate),
         ("prpo.batch", s.prpo.batch),
-        ("prpo.accumulate", s.prpo.accumulate),
         ("prpo.updates_per_rollout", s.prpo.updates_per_rollout),
+        ("model.chunk", s.model.chunk),
         ("eval.batch", s.eval.batch),
         ("eval.long_segments", s.eval.long_segments),
         ("judge.concurrency", s.judge.concurrency),
@@ -378,6 +429,8 @@ def _check(s: Settings) -> None:
         ("data.max_duration", s.data.max_duration),
         ("eval.limit", s.eval.limit),
         ("judge.retries", s.judge.retries),
+        ("coldstart.accumulate", s.coldstart.accumulate),
+        ("prpo.accumulate", s.prpo.accumulate),
     ):
         need(value >= 0, key, value, "0 or more")
     check_judge(s.judge)
@@ -418,6 +471,6 @@ def _check(s: Settings) -> None:
         ("prpo", s.prpo.batch, s.prpo.accumulate),
     ):
         t = s.prompt.segments
-        fits = t % parts == 0 or (parts % t == 0 and batch % (parts // t) == 0)
+        fits = parts == 0 or t % parts == 0 or (parts % t == 0 and batch % (parts // t) == 0)
         what = f"a divisor of segments={t}, or {t} times a divisor of batch={batch}"
         need(fits, f"{phase}.accumulate", parts, what)

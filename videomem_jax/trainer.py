@@ -22,6 +22,8 @@ from videomem_jax import prpo, rewards, rollout, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Prefix
 from videomem_jax.grammar import Parsed
+from videomem_jax.models import lora
+from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
 from videomem_jax.rewards import Judged, cascading_reward
@@ -84,6 +86,10 @@ class Trainer:
         self.settings, self.form, self.mesh, self.phase = settings, form, mesh, phase
         train_vision = settings.model.train_vision and phase == "coldstart"
         trained = nnx.All(nnx.Param, lambda path, _: train_vision or path[0] != "visual")
+        self._adapted = settings.model.lora_rank > 0
+        if self._adapted:
+            m, trained = settings.model, nnx.LoRAParam
+            model = lora.add(model, m.lora_rank, m.lora_alpha, settings.seed)
         self._graph, first, self.frozen = nnx.split(model, trained, ...)
         self.frozen = self._placed(self.frozen)
         part = settings.coldstart if phase == "coldstart" else settings.prpo
@@ -93,32 +99,37 @@ class Trainer:
         )
         self.first = self._state(self._placed(first))
         self.reference = None
-        if phase == "prpo" and settings.prpo.kl_coef > 0:
-            self.reference = jax.tree.map(jnp.copy, self.first.trained)
+        if phase == "prpo" and settings.prpo.kl_coef > 0 and not self._adapted:
+            where = sharding.parameter_shardings(mesh, first)
+            self.reference = sharding.place(self.first.trained, where, may_alias=False)
         shard = sharding.batch_sharding(mesh)
         same = sharding.replicated(mesh)
         self._shardings = jax.tree.map(lambda a: a.sharding, self.first)
         self.supervised_step = jax.jit(
-            self._supervised,
+            sharding.laid_out(mesh, self._supervised),
             in_shardings=(self._shardings, None, shard),
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
+        by_row, deep = sharding.on_axis(mesh, 1), sharding.on_axis(mesh, 2)
+        rows = Rows(*[by_row] * len(Rows._fields))
+        self.row_shardings = rows = rows._replace(features=VisionFeatures(by_row, deep))
         self.rollout_step = jax.jit(
-            self._rollout,
+            sharding.laid_out(mesh, self._rollout),
             in_shardings=(None, None, shard, same, same),
-            out_shardings=(None, same),
+            out_shardings=(rows, same),
         )
         self.update_step = jax.jit(
-            self._update,
-            in_shardings=(self._shardings, None, None, None),
+            sharding.laid_out(mesh, self._update),
+            in_shardings=(self._shardings, None, None, rows),
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
 
     def model(self, state: TrainState) -> Qwen3VL:
-        """The model with a state's parameters."""
-        return nnx.merge(self._graph, state.trained, self.frozen)
+        """The model with a state's parameters; adapters are added to the weights."""
+        model = nnx.merge(self._graph, state.trained, self.frozen)
+        return lora.merge(model) if self._adapted else model
 
     def tau(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """PSP's temperature at an update."""
@@ -128,7 +139,7 @@ class Trainer:
     # --- state ---
 
     def _placed(self, params):
-        return jax.device_put(params, sharding.parameter_shardings(self.mesh, params))
+        return sharding.place(params, sharding.parameter_shardings(self.mesh, params))
 
     def _state(self, trained) -> TrainState:
         same = sharding.replicated(self.mesh)
@@ -137,12 +148,17 @@ class Trainer:
         places = optax.tree_map_params(
             self._transform, lambda _, s: s, shapes, spec, transform_non_params=lambda _: same
         )
-        opt = jax.jit(self._transform.init, out_shardings=places)(trained)
-        return TrainState(trained, opt, jax.device_put(jnp.int32(0), same))
+        step = jnp.int32(0)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trained)):
+            opt, step = sharding.place(shapes, places), jax.eval_shape(lambda: step)
+        else:
+            opt = jax.jit(self._transform.init, out_shardings=places)(trained)
+        return TrainState(trained, opt, sharding.place(step, same))
 
     def merge(self, trained, frozen) -> Qwen3VL:
         """The model of parameters that are trained and those that are not."""
-        return nnx.merge(self._graph, trained, frozen)
+        dtype = jnp.dtype(self.settings.model.dtype)  # in which kernels are gathered and read
+        return nnx.merge(self._graph, kernels_in(trained, dtype), kernels_in(frozen, dtype))
 
     def _step(self, state: TrainState, grads) -> tuple[TrainState, Float[Array, ""]]:
         updates, opt = self._transform.update(grads, state.opt, state.trained)
@@ -271,6 +287,7 @@ class Trainer:
             rows.tokens,
             rows.mask,
             temperature=self.settings.prpo.temperature,
+            chunk=self.settings.model.chunk,
         )
 
     def _update(
@@ -278,6 +295,8 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on a rollout's completions, micro-batch by micro-batch."""
         p = self.settings.prpo
+        if self._adapted and p.kl_coef > 0:  # without what its adapters add, the model is the base
+            reference = jax.tree.map(jnp.zeros_like, state.trained)
 
         def loss(trained, part: Rows):
             logprobs, entropy = self._score(trained, frozen, part)
@@ -341,6 +360,7 @@ class Trainer:
                 tokens[:, None],
                 learn[:, None],
                 temperature=1.0,
+                chunk=self.settings.model.chunk,
             )
             return -logprobs.sum() / count, -logprobs.sum() / count
 
