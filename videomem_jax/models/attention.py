@@ -1,8 +1,8 @@
 """Causal attention of sequences that share a prompt, by the kernel that suits the hardware.
 
-`layers.attend` is the reference, and what a CPU runs in blocks of queries (`attend_causal`): it holds
-a weight for every pair of query and key. The kernels hold none, and pass over the blocks in which
-nothing is seen.
+`layers.attend` is the reference, and what a CPU runs in blocks of queries (`attend_causal`): it
+holds a weight for every pair of query and key. The kernels hold none, and pass over the blocks in
+which nothing is seen.
 """
 
 from __future__ import annotations
