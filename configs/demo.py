@@ -25,6 +25,8 @@ def get_config():
     config.prompt.options = 4
     # Else the last answer can be read off the prompt, and no reward asks to keep what it needs.
     config.prompt.answer_from = "memory"
+    # Before the end, the last card is one that has not been seen: an answer must know where it is.
+    config.prompt.tell_end = True
     # A card takes 2 tokens. A video shows 8 on average: 5 fit, and more than 2 cost.
     config.memory.slots = 10
     config.memory.budget = 4
