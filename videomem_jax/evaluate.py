@@ -38,13 +38,18 @@ class Reading(NamedTuple):
 
 
 class Evaluator:
-    """Reads videos greedily with given parameters; compiled once for a number of segments."""
+    """Reads videos greedily with given parameters; compiled once for a number of segments.
+
+    Attributes:
+      read_step: the jitted step, of a batch that is spread over the mesh.
+      shard: how it is spread.
+    """
 
     def __init__(self, model: Qwen3VL, form: mem.Format, mesh: Mesh):
         self._graph, _ = nnx.split(model)
         self._form, self._mesh, self._dtype = form, mesh, model.dtype
         self.shard = sharding.batch_sharding(mesh)
-        self._jitted = jax.jit(
+        self.read_step = jax.jit(
             sharding.laid_out(mesh, self._read),
             in_shardings=(None, None, self.shard),
             out_shardings=sharding.replicated(mesh),
@@ -58,7 +63,7 @@ class Evaluator:
     def read(self, params: nnx.State, grammar: Grammar, batch: Batch) -> Reading:
         """What is read in the parts `[b / readers, ...]` of a batch that the processes give."""
         placed = hosts.spread(self.shard, batch)
-        return jax.device_get(self._jitted(params, grammar, placed))
+        return jax.device_get(self.read_step(params, grammar, placed))
 
     def _read(self, params, grammar: Grammar, batch: Batch) -> Reading:
         params = kernels_in(params, self._dtype)

@@ -89,7 +89,7 @@ def steps(s: cfg.Settings, config: Qwen3VLConfig, mesh: Mesh) -> Iterator[Step]:
     def evaluation():
         evaluator = Evaluator(model(), form, mesh)
         params = evaluator.place(model())
-        return evaluator.read.lower(params, form.grammar, told(s.eval.batch))
+        return evaluator.read_step.lower(params, form.grammar, told(s.eval.batch))
 
     yield Step("evaluation", evaluation)
 
@@ -145,7 +145,7 @@ def stand_in(s: cfg.Settings, config: Qwen3VLConfig) -> memory.Format:
         config.text.vocab_size,
         s.memory.slots,
         s.prompt.answer_tokens,
-        from_memory=s.prompt.answer_from == "memory",
+        from_memory=s.prompt.from_memory,
     )
     ids = vocabulary.ids
     # </memory>, then the turn's end: <|im_end|> newline <|im_start|> "assistant" newline.
