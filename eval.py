@@ -3,7 +3,9 @@
     python eval.py --config=configs/demo.py --workdir=runs/demo
 
 Leaves WORKDIR/eval/*.jsonl (every memory and answer), WORKDIR/summary.json and
-WORKDIR/report.html, and prints a table.
+WORKDIR/report.html, and prints a table. Or evaluates a model on a benchmark:
+
+    python eval.py --config=configs/eval.py:videomme --config.data_dir=DIR --config.weights=DIR
 """
 
 import json
@@ -13,9 +15,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from videomem_jax import evaluate, metrics, report, run, settings, sharding
+from videomem_jax.benchmark import evaluation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run that train.py left.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run that train.py left, or for a benchmark's results."
+)
 
 
 def evaluate_run(config, workdir_flag: str) -> None:
@@ -120,13 +125,19 @@ def table(summary: dict) -> str:
     return "\n".join([*lines, f"seconds: {clock}   peak memory {summary['peak_rss_gb']} GB"])
 
 
+def evaluate_either(config) -> None:
+    """A model on a benchmark, where the config is one for that; else a run."""
+    if "benchmark" in config:
+        evaluation.evaluate_benchmark(config, _WORKDIR.value)
+    else:
+        evaluate_run(config, run.given_workdir(_WORKDIR.value))
+
+
 def main(argv):
     """Checks the flags, then evaluates."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    run.entry(
-        lambda: evaluate_run(run.given_config(_CONFIG.value), run.given_workdir(_WORKDIR.value))
-    )
+    run.entry(lambda: evaluate_either(run.given_config(_CONFIG.value)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from videomem_jax.report_plots import Line
 from videomem_jax.report_run import Interval, ReportError, Run, interval, intervals, is_number
 from videomem_jax.report_timelines import timeline_diff
 
-__all__ = ["ReportError", "timeline_diff", "write"]
+__all__ = ["ReportError", "environment", "flat", "timeline_diff", "write"]
 
 # Evaluations by name: how they are called, and their colour. Others are named as they are.
 _NAMES = {
@@ -103,8 +103,8 @@ def _context(run: Run, timelines: int) -> dict[str, Any]:
         },
         "seconds": _seconds(run),
         "timelines": _timelines(run, timelines),
-        "config": list(_flat(run.part("config"))),
-        "versions": list(_flat(run.part("versions"))),
+        "config": list(flat(run.part("config"))),
+        "versions": list(flat(run.part("versions"))),
     }
 
 
@@ -287,11 +287,11 @@ def _timelines(run: Run, count: int) -> dict[str, Any] | None:
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Keys such as "prpo.group_size" and their values, of nested objects."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 

@@ -174,13 +174,19 @@ def headline(bars: Sequence[tuple[str, str, Interval]], chance: float) -> Markup
     return _draw("headline", "Accuracy with 95% intervals", paint, size)
 
 
-def by_segment(lines: Mapping[Line, Sequence[Interval]], chance: float) -> Markup:
-    """Accuracy of the provisional answer after each segment, with intervals."""
-    count = max(map(len, lines.values()))
+def by_segment(
+    lines: Mapping[Line, Sequence[Interval]], chance: float, counts: Sequence[int] = ()
+) -> Markup:
+    """Accuracy of the provisional answer after each segment, with intervals.
+
+    With `counts`, of the final answer instead, by the number of segments that a video is cut into.
+    """
+    ticks = counts or range(1, 1 + max(map(len, lines.values())))
+    label = "segments" if counts else "after segment"
 
     def paint(axes: Axes) -> None:
         for i, (line, values) in enumerate(lines.items()):
-            places = np.arange(1, len(values) + 1) + 0.06 * (i - (len(lines) - 1) / 2)
+            places = np.array(ticks[: len(values)]) + 0.06 * (i - (len(lines) - 1) / 2)
             means = [value.mean for value in values]
             style = _whisker(line.colour) | _DOTS
             axes.errorbar(places, means, yerr=_errors(values), **style)
@@ -190,11 +196,13 @@ def by_segment(lines: Mapping[Line, Sequence[Interval]], chance: float) -> Marku
                 place = (places[j], value.high if above else value.low)
                 _write(axes, f"{100 * value.mean:.0f}", place, line.colour, above)
         axes.axhline(chance, **_DASHED)
-        _segment_axis(axes, count)
+        _segment_axis(axes, ticks, label)
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, chance, 0.5, 0.75, 1])
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
+    if counts:
+        return _draw("bycount", "Accuracy by the number of segments", paint)
     return _draw("bysegment", "Accuracy after each segment", paint)
 
 
@@ -212,7 +220,7 @@ def memory_length(lines: Mapping[Line, Sequence[float]], budget: float | None) -
             axes.set_ylim(0, 1.15 * max(top, budget))
         else:
             axes.set_ylim(0, 1.15 * top or 1)
-        _segment_axis(axes, count)
+        _segment_axis(axes, range(1, count + 1))
 
     return _draw("memory", "Mean tokens in the memory after each segment", paint)
 
@@ -311,10 +319,10 @@ def _write(axes: Axes, text: str, place: tuple, colour: str, above: bool = True)
     )
 
 
-def _segment_axis(axes: Axes, count: int) -> None:
-    axes.set_xlabel("after segment")
-    axes.set_xlim(0.6, count + 0.4)
-    axes.set_xticks(range(1, count + 1))
+def _segment_axis(axes: Axes, ticks: Sequence[int], label: str = "after segment") -> None:
+    axes.set_xlabel(label)
+    axes.set_xlim(ticks[0] - 0.4, ticks[-1] + 0.4)
+    axes.set_xticks(ticks)
 
 
 def _step_axis(axes: Axes) -> None:

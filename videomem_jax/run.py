@@ -100,9 +100,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _file_config(argv: list[str]) -> config_dict.ConfigDict | None:
     """The config of the command line's file, before any override."""
     for arg in argv:
-        name, _, path = arg.lstrip("-").partition("=")
+        name, _, value = arg.lstrip("-").partition("=")
+        path, *argument = value.split(":", 1)
         if name == "config" and pathlib.Path(path).is_file():
-            return runpy.run_path(path)["get_config"]()
+            return runpy.run_path(path)["get_config"](*argument)
     return None
 
 

@@ -199,7 +199,7 @@ def freeze(config: config_dict.ConfigDict) -> Settings:
     Raises:
       ConfigError: one sentence naming the key, what it holds and what it may hold.
     """
-    settings = _build(Settings, config, "config")
+    settings = build(Settings, config, "config")
     _check(settings)
     return settings
 
@@ -244,7 +244,12 @@ def load_sizes(folder: str | os.PathLike, **changes) -> Settings:
     return freeze(config_dict.ConfigDict(values))
 
 
-def _build(cls, config, where: str):
+def build(cls, config, where: str):
+    """A dataclass of settings from a configuration that has exactly its keys.
+
+    Raises:
+      ConfigError: a key is unknown, missing or of another type; `where` stands before its name.
+    """
     kinds = typing.get_type_hints(cls)
     unknown = sorted(set(config) - set(kinds))
     if unknown:
@@ -257,7 +262,7 @@ def _build(cls, config, where: str):
             )
         value = config[name]
         if dataclasses.is_dataclass(kind):
-            value = _build(kind, value, f"{where}.{name}")
+            value = build(kind, value, f"{where}.{name}")
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif type(value) is not kind:

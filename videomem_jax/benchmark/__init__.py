@@ -1,0 +1,1 @@
+"""Evaluation of a model on a benchmark: `python eval.py --config=configs/eval.py:videomme ...`."""
