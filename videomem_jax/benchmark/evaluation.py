@@ -179,6 +179,7 @@ def summarise(
     options = [len(q.options) for q in benchmark.questions if not q.is_open]
     return {
         "benchmark": benchmark.name,
+        "average": benchmark.average,
         "metric": f"mean over {benchmark.average}s" if benchmark.average else "accuracy",
         "accuracy": main["accuracy"],
         "segments": main["segments"],
@@ -227,9 +228,7 @@ def numbers(
         "unanswered": sum(steps[-1]["answer"] is None for _, steps in answered),
         "format_rate": _mean([step["well_formed"] for step in all_steps]),
         "memory_tokens": _mean([step["tokens"] for step in all_steps]),
-        "lost": [
-            {k: getattr(one, k) for k in ("id", "video", "cause", "sentence")} for one in lost
-        ],
+        "lost": [dataclasses.asdict(one) for one in lost],
         "lost_by_cause": dict(Counter(one.cause for one in lost)),
     }
     if marks[True]:

@@ -93,14 +93,14 @@ class Loader:
         sizes = self.settings.prompt
         height, width = frame_size(record.video, sizes.max_pixels)
         times = self.times(record)
+        frames = self._cache.read(record.video, times.reshape(-1), (height, width))
         if self.blind:
-            frames = np.full((times.size, height, width, 3), 127, np.uint8)
-        else:
-            frames = self._cache.read(record.video, times.reshape(-1), (height, width))
+            frames = np.full_like(frames, 127)
         prefixes = [
             write_prefix(
                 self.tokenizer,
-                *self._asked(record),
+                record.question,
+                record.options,
                 t,
                 (height // 16, width // 16),
                 sizes.prefix_tokens,
@@ -113,20 +113,13 @@ class Loader:
             prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),
             clip=make_clips(frames, self.segments, sizes.max_pixels),
             chain=self._chain(record),
-            gold=self._gold(record),
+            gold=np.int32(LETTERS.index(record.answer)),
             choices=answers(
                 self.tokenizer, record.options, sizes.answer, sizes.options, sizes.answer_tokens
             ),
             record=np.int32(index),
             real=np.bool_(True),
         )
-
-    def _asked(self, record: Record) -> tuple[str, Sequence[str]]:
-        """What a prompt begins with: the question, and the options to letter below it."""
-        return record.question, record.options
-
-    def _gold(self, record: Record) -> np.int32:
-        return np.int32(LETTERS.index(record.answer))
 
     def _chain(self, record: Record) -> Chain:
         t, slots = self.segments, self.settings.memory.slots
