@@ -17,7 +17,7 @@ from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
 from videomem_jax import rollout, run, sharding
 from videomem_jax import settings as cfg
-from videomem_jax.batch import Batch, Chain
+from videomem_jax.batch import Batch
 from videomem_jax.data import pipeline
 from videomem_jax.data.benchmarks import Question
 from videomem_jax.data.benchmarks.letters import extract
@@ -116,14 +116,6 @@ class _Loader(pipeline.Loader):
 
     def _asked(self, question: Question) -> tuple[str, tuple[str, ...]]:
         return asked(question, self._way), ()
-
-    def _gold(self, question: Question) -> np.int32:
-        return np.int32(-1 if question.is_open else LETTERS.index(question.answer))
-
-    def _chain(self, question: Question) -> Chain:
-        t, slots = self.segments, self.settings.memory.slots
-        pad = np.full((t, slots), self.tokenizer.ids.pad, np.int32)
-        return Chain(pad, np.full(t, -1, np.int32), np.full(t, -1, np.int32))
 
 
 class _Losses:

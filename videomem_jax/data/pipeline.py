@@ -99,8 +99,7 @@ class Loader:
         prefixes = [
             write_prefix(
                 self.tokenizer,
-                record.question,
-                record.options,
+                *self._asked(record),
                 t,
                 (height // 16, width // 16),
                 sizes.prefix_tokens,
@@ -118,6 +117,10 @@ class Loader:
             record=np.int32(index),
             real=np.bool_(True),
         )
+
+    def _asked(self, record: Record) -> tuple[str, Sequence[str]]:
+        """What a prompt begins with: the question, and the options to letter below it."""
+        return record.question, record.options
 
     def _choices(self, record: Record) -> Int[np.ndarray, "o a"]:
         """What may be answered. An open-ended question has no choices, but what its chain answers:

@@ -39,7 +39,7 @@ def _question(record: records.Record) -> Question:
         question=record.question,
         options=record.options,
         answer=record.answer,
-        prompt=f"{record.question}\n{lettered(record.options)}",
+        prompt="\n".join(filter(None, (record.question, lettered(record.options)))),
         groups={name: (value,) for name, value in groups.items() if value is not None},
         start=record.start,
         end=record.end,

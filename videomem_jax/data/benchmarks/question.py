@@ -22,7 +22,7 @@ Groups = Mapping[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question of a benchmark.
+    """One question of a benchmark. The pipeline reads it in a Record's place, without a chain.
 
     Attributes:
       id: unique in the benchmark.
@@ -44,6 +44,8 @@ class Question:
     groups: Groups = dataclasses.field(default_factory=dict)
     start: float | None = None
     end: float | None = None
+    duration: None = None
+    memories: None = None
 
     @property
     def is_open(self) -> bool:
