@@ -1,5 +1,6 @@
 # make demo   the main job: data from a real film, cold start, PRPO, evaluation, report
 # make test   all tests
+# make test-lmms  lmms-eval on a folder of the tests (installs it: 3 GB and more)
 # make base   trains the demo's base model anew (its weights are shipped)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 ARGS ?=
 
-.PHONY: demo test lint base clean
+.PHONY: demo test test-lmms lint base clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
@@ -16,6 +17,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
+
+test-lmms: $(VENV)-lmms/installed
+	$(VENV)-lmms/bin/python -m pytest tests/test_lmms_plugin.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
@@ -35,5 +39,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(VENV)-lmms/installed: requirements.txt requirements-lmms.txt
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/python -m pip install --quiet -r requirements-lmms.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-lmms runs
