@@ -65,8 +65,7 @@ class VideoMemJax(lmms):
             part = [question for question in questions if question.is_open == is_open]
             if not part:
                 continue
-            sized = reading.fitted(self._settings, self._loaded.tokenizer, part, self._way)
-            reader = reading.Reader(self._loaded, sized, self._mesh, self._way)
+            reader = reading.Reader(self._loaded, self._settings, self._mesh, self._way, part)
             for items, _ in reader.read(part):
                 for question, steps in items:
                     replies[int(question.id)] = steps[-1].answer or steps[-1].reply or ""

@@ -141,12 +141,15 @@ def read(
         total = len(benchmark.questions)
         title = f"{c.benchmark}, {way.segments} segment{'s' * (way.segments > 1)}"
         with tqdm(total=total, initial=total - len(todo), desc=title, unit="question") as bar:
-            for part in ([q for q in todo if not q.is_open], [q for q in todo if q.is_open]):
+            for is_open in (False, True):
+                part = [q for q in todo if q.is_open == is_open]
                 if not part:
                     continue
                 loaded = loaded or load(s, mesh)
-                sized = reading.fitted(s, loaded.tokenizer, part, way)
-                for items, gone in reading.Reader(loaded, sized, mesh, way).read(part):
+                # Room for all, also where some are read: a run that goes on computes the same.
+                everything = [q for q in benchmark.questions if q.is_open == is_open]
+                reader = reading.Reader(loaded, s, mesh, way, everything)
+                for items, gone in reader.read(part):
                     samples.add(way.segments, items)
                     lost[way.segments] += gone
                     bar.update(len(items) + len(gone))

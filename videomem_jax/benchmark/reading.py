@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,9 +23,12 @@ from videomem_jax.data import pipeline
 from videomem_jax.data.benchmarks import Question
 from videomem_jax.data.benchmarks.letters import extract
 from videomem_jax.data.benchmarks.question import Lost, lettered
+from videomem_jax.models.qwen3_vl import Qwen3VL
+from videomem_jax.models.vision import VisionFeatures
 from videomem_jax.tokenizer import LETTERS, Tokenizer
 
 _OPEN_TOKENS = 64  # room for the answer to an open question
+_OPTION_TOKENS = 64  # of the longest option that can be answered by its text
 _LONGEST_TIME = "<99999.9 seconds>"
 _STEP = 64  # prompts are padded to a multiple of this
 
@@ -86,22 +90,25 @@ def asked(question: Question, way: Way) -> str:
 def fitted(
     settings: cfg.Settings, tokenizer: Tokenizer, questions: Sequence[Question], way: Way
 ) -> cfg.Settings:
-    """The settings with room for the longest of the questions, which are all open or none is."""
+    """The settings with room for the longest of the questions, which are all open or none is.
+
+    Raises:
+      PromptError: an option is too long to be answered by its text.
+    """
     p, (clips, frames) = settings.prompt, way.clips
     pair = p.max_pixels // 1024 + len(tokenizer.encode(_LONGEST_TIME)) + 2
     text = max(len(tokenizer.encode(f"user\n{asked(q, way)}\n")) for q in questions) + 1
-    room = 1
-    if questions[0].is_open:
-        room = _OPEN_TOKENS
-    elif p.answer == "text":
-        options = [option for q in questions for option in q.options]
-        room = max(1, *(len(tokenizer.encode_memory(option)) for option in options))
+    room = _OPEN_TOKENS
+    if not questions[0].is_open:
+        how = (p.answer, len(LETTERS), _OPTION_TOKENS)
+        ids = [prompts.answers(tokenizer, q.options, *how) for q in questions]
+        room = int(max((table >= 0).sum(-1).max() for table in ids))
     prompt = dataclasses.replace(
         p,
         segments=clips,
         frames=frames,
         prefix_tokens=-(-(text + frames // 2 * pair) // _STEP) * _STEP,
-        options=max(2, *(len(q.options) for q in (*questions, *questions))),
+        options=max([2, *(len(q.options) for q in questions)]),
         answer_tokens=room,
     )
     return dataclasses.replace(settings, prompt=prompt)
@@ -141,8 +148,22 @@ class _Said(NamedTuple):
     parsed: fmt.Parsed
 
 
+def _weighed(
+    model: Qwen3VL,
+    form: mem.Format,
+    context: rollout.Context,
+    choices: Int[Array, "b o a"],
+    out: rollout.Completions,
+) -> fmt.Parsed:
+    """What forced completions say, their answer being the most probable option."""
+    logprobs = rollout.choice_logprobs(model, form.grammar, context, choices, out.tokens[:, 0])
+    anything = jnp.full_like(choices, -1)[:, None]
+    told = fmt.parse(form.grammar, out.tokens, out.state, anything, form.ids.pad)
+    return told._replace(answer=jnp.argmax(logprobs, axis=-1)[:, None])
+
+
 class Reader:
-    """Reads questions, all open or none, in one way."""
+    """Reads questions, all open or none, in one way; compiled once."""
 
     def __init__(
         self,
@@ -150,11 +171,16 @@ class Reader:
         settings: cfg.Settings,
         mesh: Mesh,
         way: Way,
+        questions: Sequence[Question],
     ):
-        self._tokenizer, self._settings, self._way = loaded.tokenizer, settings, way
+        """Makes room for all of `questions`, any of which may be read."""
+        self._tokenizer, self._way = loaded.tokenizer, way
+        self._settings = s = fitted(settings, loaded.tokenizer, questions, way)
         self._graph, self._params = nnx.split(loaded.model)
-        forced = way.forced and way.memory
-        self._form = run.make_format(loaded.tokenizer, loaded.model, settings, forced)
+        forced, is_open = way.forced and way.memory, questions[0].is_open
+        self._form = run.make_format(loaded.tokenizer, loaded.model, s, forced)
+        # Forced options of several tokens can be mixed up in writing.
+        self._weighs = forced and not is_open and self._form.grammar.room > 1
         shard = sharding.batch_sharding(mesh)
         read = self._with_memory if way.memory else self._at_once
         self._read = jax.jit(read, in_shardings=(None, None, shard))
@@ -179,12 +205,28 @@ class Reader:
         yield [], list(losses.found.values())
 
     def _with_memory(self, params: nnx.State, grammar: fmt.Grammar, batch: Batch) -> _Said:
+        """All segments in order; what `memory.loop` does, with options of any length."""
         model, form = nnx.merge(self._graph, params), self._form._replace(grammar=grammar)
         greedy = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
         features = mem.see(model, batch.clip)
-        steps = mem.loop(model, form, batch, features, jax.random.key(0), greedy)
-        parsed = jax.tree.map(lambda a: a[:, :, 0], steps.parsed)
-        return _Said(steps.completions.tokens[:, :, 0], parsed)
+
+        def one(memory, inputs):
+            prefix, *seen = inputs
+            context = mem.context(model, form, prefix, VisionFeatures(*seen), memory)
+            key = jax.random.key(0)  # a greedy draw needs none
+            out, told = mem.write(model, form, context, batch.choices, key, greedy)
+            if self._weighs:
+                told = _weighed(model, form, context, batch.choices, out)
+            memory = mem.hand_on(memory, told, jnp.zeros_like(memory.length))
+            return memory, _Said(out.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], told))
+
+        start = mem.empty(batch.gold.shape[0], 1, grammar.slots, form.ids.pad)
+        by_segment = (
+            jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), batch.prefix),
+            jnp.moveaxis(features.embeds, 1, 0),
+            jnp.moveaxis(features.deepstack, 2, 0),
+        )
+        return jax.lax.scan(one, start, by_segment)[1]
 
     def _at_once(self, params: nnx.State, grammar: fmt.Grammar, batch: Batch) -> _Said:
         """One prompt without a memory, and a free reply to it."""
