@@ -21,8 +21,10 @@ from tests.compiling import hasty_options
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.memory import Format
+from videomem_jax.models import convert
 from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
 from videomem_jax.models.qwen3_vl import abstract
+from videomem_jax.pretrain import tasks
 from videomem_jax.prompt import turn_end, write_prefix
 from videomem_jax.tokenizer import Tokenizer
 
@@ -240,3 +242,51 @@ def parse_slowly(tokenizer):
     """The reference of the parser: `(tokens, slots, choices) -> (memory, answer)`, or None."""
     text = tokenizer.text_mask(VOCAB)
     return lambda tokens, slots, choices: slow_parse(tokens, tokenizer.ids, text, slots, choices)
+
+
+# --- what commands need ---
+
+
+@pytest.fixture(scope="session")
+def environment(request):
+    """Of a command as a user gives it: one device, compiled code kept as the tests' own."""
+    found = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    others = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(others), "COLUMNS": "200"}
+    if getattr(request.config, "cache", None) is not None:
+        found["JAX_COMPILATION_CACHE_DIR"] = str(request.config.cache.mkdir("jax"))
+        found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    return found
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A folder with a random model of two layers that reads the demo's videos."""
+    folder = tmp_path_factory.mktemp("weights")
+    tokenizer = Tokenizer.train(tasks.corpus(0), 640)
+    text = TextConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        mrope_section=(4, 2, 2),
+        tie_word_embeddings=True,
+    )
+    vision = VisionConfig(1, 16, 24, 2, 32, 16, deepstack_visual_indexes=(0,))
+    graph, shapes = nnx.split(abstract(Qwen3VLConfig(text, vision)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path[-2].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        spread = leaf.shape[-2] ** -0.5 if path[-2].key == "kernel" else 0.1
+        return spread * rng.standard_normal(leaf.shape, np.float32)
+
+    state = jax.tree_util.tree_map_with_path(draw, shapes)
+    convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
+    tokenizer.save(folder)
+    return folder

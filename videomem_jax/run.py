@@ -79,6 +79,11 @@ def _without_closed_loops(unraisable) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser of the command line, with a sentence for a key that the config has not."""
     try:
+        _file_config(argv)
+    except ConfigError as error:  # the file itself has something to say of its argument
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError):  # what ml_collections raises for such a key
         names = [arg.lstrip("-").split("=")[0] for arg in argv]
