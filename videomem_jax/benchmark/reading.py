@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
@@ -142,10 +142,18 @@ class _Losses:
 
 
 class _Said(NamedTuple):
-    """What the device returns: completions, and what they say."""
+    """Completions of t segments, and what they say."""
 
     tokens: Int[Array, "t b c"]
     parsed: fmt.Parsed
+
+
+class _Read(NamedTuple):
+    """What the devices return, whole on each: what was said, and of which questions."""
+
+    said: _Said
+    record: Int[Array, " b"]
+    real: Bool[Array, " b"]
 
 
 def _weighed(
@@ -181,9 +189,11 @@ class Reader:
         self._form = run.make_format(loaded.tokenizer, loaded.model, s, forced)
         # Forced options of several tokens can be mixed up in writing.
         self._weighs = forced and not is_open and self._form.grammar.room > 1
-        shard = sharding.batch_sharding(mesh)
-        read = self._with_memory if way.memory else self._at_once
-        self._read = jax.jit(read, in_shardings=(None, None, shard))
+        self._read = jax.jit(
+            self._read_batch,
+            in_shardings=(None, None, sharding.batch_sharding(mesh)),
+            out_shardings=sharding.replicated(mesh),
+        )
 
     def read(
         self, questions: Sequence[Question]
@@ -195,14 +205,19 @@ class Reader:
             questions, loader, s.eval.batch, losses, s.data.threads
         )
         for batch in batches:
-            said = jax.device_get(self._read(self._params, self._form.grammar, batch))
+            found = jax.device_get(self._read(self._params, self._form.grammar, batch))
             done = []
-            for i in np.flatnonzero(batch.real):
-                question = questions[int(batch.record[i])]
-                done.append((question, self._steps(question, loader.times(question), said, i)))
+            for i in np.flatnonzero(found.real):
+                question = questions[int(found.record[i])]
+                times = loader.times(question)
+                done.append((question, self._steps(question, times, found.said, i)))
             yield done, list(losses.found.values())
             losses.found.clear()
         yield [], list(losses.found.values())
+
+    def _read_batch(self, params: nnx.State, grammar: fmt.Grammar, batch: Batch) -> _Read:
+        said = self._with_memory if self._way.memory else self._at_once
+        return _Read(said(params, grammar, batch), batch.record, batch.real)
 
     def _with_memory(self, params: nnx.State, grammar: fmt.Grammar, batch: Batch) -> _Said:
         """All segments in order; what `memory.loop` does, with options of any length."""
