@@ -252,6 +252,20 @@ def test_open_questions(config_of, folder_of, tmp_path):
     assert one["accuracy"]["mean"] == pytest.approx(mean)
     assert [lost["cause"] for lost in one["lost"]] == ["answer"]
 
+    # Another judge: one that takes the first and has nothing to say of the second.
+    def lenient(cases):
+        assert [case.reference for case in cases] == [q.answer for q in asked if q.is_open]
+        return [True, None]
+
+    c = keys.freeze(config_of("mlvu", folder, open_ended=True))
+    benchmark = benchmarks.read("mlvu", folder)
+    asked = benchmark.questions
+    (way,) = evaluation.plan(c, keys.settings(c))
+    samples = evaluation.Samples(tmp_path)
+    judged = evaluation.numbers(benchmark, way, samples, benchmark.lost, lenient)["open_ended"]
+    assert (judged["metric"], judged["unjudged"]) == ("lenient", 1)
+    assert (judged["mean"], judged["n"]) == (1, 1)
+
 
 def test_options_of_several_tokens_are_answered(config_of, folder_of, weights):
     """Written token by token they would be mixed up; the most probable one is the answer."""
@@ -327,12 +341,11 @@ def test_a_question_of_several_kinds_counts_in_each():
         ("cat", "Cat!", True),
         ("cats", "cat", False),
         ("", "cat", False),
-        (None, "cat", False),
         ("the", "a", False),
     ],
 )
 def test_exact_match(said, answer, right):
-    assert scores.is_right(said, answer, is_open=True) is right
+    assert scores.exact_match([scores.Case("What?", answer, said)]) == [right]
 
 
 # --- two runs ---
@@ -464,7 +477,7 @@ def test_mistakes_on_the_command_line(environment):
         ),
     ):
         process = command(environment, *flags)
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 2, err
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
 
@@ -481,7 +494,7 @@ def test_a_killed_command_goes_on(folder_of, weights, environment, tmp_path):
         return command(environment, "--config=configs/eval.py:longtimescope", *flags, where)
 
     process, samples = start("killed"), tmp_path / "killed/samples.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not (samples.exists() and samples.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -491,7 +504,7 @@ def test_a_killed_command_goes_on(folder_of, weights, environment, tmp_path):
     assert before < 12 and not (tmp_path / "killed/results.json").exists()
     for name in ("killed", "whole"):
         process = start(name)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=1200)
         assert process.returncode == 0, err
         assert "longtimescope, accuracy (95% interval)" in out
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")

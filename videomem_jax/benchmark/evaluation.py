@@ -193,40 +193,46 @@ def summarise(
 
 
 def numbers(
-    benchmark: Benchmark, way: Way, samples: Samples, lost: Sequence[Lost]
+    benchmark: Benchmark,
+    way: Way,
+    samples: Samples,
+    lost: Sequence[Lost],
+    judge: scores.Judge = scores.exact_match,
 ) -> dict[str, Any]:
-    """The numbers of one reading. What is lost counts as wrong."""
+    """The numbers of one reading. What is lost counts as wrong; what is open, by itself."""
     found = [(q, samples.rows.get((way.segments, q.id))) for q in benchmark.questions]
     answered = [(q, row["steps"]) for q, row in found if row]
-    marks = {
+    gone = {
         is_open: [
-            scores.Mark(
-                q.id,
-                q.video,
-                tuple(scores.is_right(step["answer"], q.answer, is_open) for step in steps),
-                q.groups,
-            )
-            for q, steps in answered
-            if q.is_open == is_open
-        ]
-        + [
             scores.Mark(one.id, one.video or one.id, (False,), one.groups)
             for one in lost
             if one.is_open == is_open
         ]
         for is_open in (False, True)
     }
+    marks = [
+        scores.Mark(q.id, q.video, tuple(step["answer"] == q.answer for step in steps), q.groups)
+        for q, steps in answered
+        if not q.is_open
+    ] + gone[False]
+    opened = [(q, steps[-1]["answer"] or "") for q, steps in answered if q.is_open]
+    verdicts = judge([scores.Case(q.question, q.answer, said) for q, said in opened])
+    open_marks = [
+        scores.Mark(q.id, q.video, (verdict,), q.groups)
+        for (q, _), verdict in zip(opened, verdicts, strict=True)
+        if verdict is not None
+    ] + gone[True]
     all_steps = [step for _, steps in answered for step in steps]
     clips, frames = way.clips
     result = {
         "segments": way.segments,
         "frames": way.segments * way.frames,
         "frames_at_once": frames,
-        "accuracy": scores.headline(marks[False], benchmark.average),
-        "of_all_questions": scores.share(marks[False]),
-        "by": scores.by_group(marks[False]),
+        "accuracy": scores.headline(marks, benchmark.average),
+        "of_all_questions": scores.share(marks),
+        "by": scores.by_group(marks),
         "provisional": [
-            scores.headline(marks[False], benchmark.average, segment) for segment in range(clips)
+            scores.headline(marks, benchmark.average, segment) for segment in range(clips)
         ],
         "unanswered": sum(steps[-1]["answer"] is None for _, steps in answered),
         "format_rate": _mean([step["well_formed"] for step in all_steps]),
@@ -234,8 +240,11 @@ def numbers(
         "lost": [dataclasses.asdict(one) for one in lost],
         "lost_by_cause": dict(Counter(one.cause for one in lost)),
     }
-    if marks[True]:
-        result["open_ended"] = {"metric": "exact match"} | scores.share(marks[True])
+    if open_marks:
+        result["open_ended"] = {
+            "metric": judge.__name__.replace("_", " "),
+            "unjudged": verdicts.count(None),
+        } | scores.share(open_marks)
     return result
 
 
@@ -248,15 +257,9 @@ def depends_on(
 ) -> dict[str, Any]:
     """What the numbers depend on, beside the code: in words and as hashes."""
     example = benchmark.questions[0]
-    how = (
-        "free reply, letter taken from it"
-        if not c.memory
-        else (
-            "format forced"
-            if c.forced
-            else "format not forced, letter taken from a malformed answer"
-        )
-    )
+    how = "the format forced" if c.forced else "free; of a malformed answer, the letter it names"
+    if not c.memory:
+        how = "a free reply, the letter it names"
     return identity(c, s, benchmark) | {
         "model": os.path.abspath(c.weights),
         "data": os.path.abspath(c.data_dir),
@@ -287,7 +290,9 @@ def table(results: Mapping[str, Any]) -> str:
             lines += [f"      {each['sentence']}" for each in one["lost"][:3]]
         if "open_ended" in one:
             share = one["open_ended"]
-            lines.append(f"    open questions, exact match: {share['mean']:6.1%}   n={share['n']}")
+            lines.append(
+                f"    open questions, {share['metric']}: {share['mean']:6.1%}   n={share['n']}"
+            )
     main = next(r for r in results["readings"] if r["segments"] == results["segments"])
     for name, groups in main["by"].items():
         lines.append(f"  by {name}, {results['segments']} segments")

@@ -110,6 +110,8 @@ def fitted(
         prefix_tokens=-(-(text + frames // 2 * pair) // _STEP) * _STEP,
         options=max([2, *(len(q.options) for q in questions)]),
         answer_tokens=room,
+        # A reply to all frames at once may be read off them.
+        answer_from=p.answer_from if way.memory else "all",
     )
     return dataclasses.replace(settings, prompt=prompt)
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -40,21 +40,25 @@ class Mark:
         return self.right[segment] if -len(self.right) <= segment < len(self.right) else False
 
 
-def exact_match(said: str | None, answer: str) -> bool:
-    """Whether two texts are the same but for case, punctuation and articles.
+class Case(NamedTuple):
+    """An answer in free words, to be judged against the reference."""
 
-    The score of an open answer: takes the said and the reference one, as any judge would.
-    """
-    return bool(said) and _bare(said) == _bare(answer)
+    question: str
+    reference: str
+    answer: str
+
+
+# For each case, whether it is right; None where that could not be told.
+Judge = Callable[[Sequence[Case]], list[bool | None]]
+
+
+def exact_match(cases: Sequence[Case]) -> list[bool | None]:
+    """Right where answer and reference have the same words, but for case, articles and signs."""
+    return [bool(_bare(c.answer)) and _bare(c.answer) == _bare(c.reference) for c in cases]
 
 
 def _bare(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text.casefold()) if word not in ("a", "an", "the")]
-
-
-def is_right(said: str | None, answer: str, is_open: bool, judge: Callable = exact_match) -> bool:
-    """Whether an answer is right: the letter, or for an open question what the judge says."""
-    return judge(said, answer) if is_open else said == answer
 
 
 def share(marks: Sequence[Mark], segment: int = -1) -> Share:
