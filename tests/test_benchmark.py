@@ -381,7 +381,7 @@ def test_comparison():
     text = compare.described(
         evaluation_of("a", first, frames=16), evaluation_of("b", second, frames=32), found
     )
-    assert "difference    +37.5   points" in text and "p = 0.375" in text
+    assert "difference  +37.5   points" in text and "p = 0.375" in text
     assert "not only the weights differ: frames: 16 / 32" in text
     # Of the benchmark whose number is a mean of groups, the difference is that of these means.
     averaged = [evaluation_of(n, v[:7], average="task") for n, v in (("a", first), ("b", second))]
