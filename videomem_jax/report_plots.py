@@ -177,26 +177,21 @@ def headline(bars: Sequence[tuple[str, str, Interval]], chance: float) -> Markup
 def by_segment(
     lines: Mapping[Line, Sequence[Interval]], chance: float, counts: Sequence[int] = ()
 ) -> Markup:
-    """Accuracy of the provisional answer after each segment, with intervals.
-
-    With `counts`, of the final answer instead, by the number of segments that a video is cut into.
-    """
+    """Accuracy after each segment, or of the final answer by `counts` of them; with intervals."""
     ticks = counts or range(1, 1 + max(map(len, lines.values())))
-    label = "segments" if counts else "after segment"
 
     def paint(axes: Axes) -> None:
         for i, (line, values) in enumerate(lines.items()):
             places = np.array(ticks[: len(values)]) + 0.06 * (i - (len(lines) - 1) / 2)
             means = [value.mean for value in values]
-            style = _whisker(line.colour) | _DOTS
-            axes.errorbar(places, means, yerr=_errors(values), **style)
+            axes.errorbar(places, means, yerr=_errors(values), **_whisker(line.colour) | _DOTS)
             for j, value in enumerate(values):
                 rivals = [other[j].mean for other in lines.values() if len(other) > j]
                 above = value.mean >= max(rivals)
                 place = (places[j], value.high if above else value.low)
                 _write(axes, f"{100 * value.mean:.0f}", place, line.colour, above)
         axes.axhline(chance, **_DASHED)
-        _segment_axis(axes, ticks, label)
+        _segment_axis(axes, ticks, "segments" if counts else "after segment")
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, chance, 0.5, 0.75, 1])
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
