@@ -170,8 +170,8 @@ def headline(bars: Sequence[tuple[str, str, Interval]], chance: float) -> Markup
         axes.grid(True, axis="x")
         axes.tick_params(axis="y", length=0, labelcolor=_colour("ink"))
 
-    size = (_WIDE[0], 0.5 + 0.4 * len(bars))
-    return _draw("headline", "Accuracy with 95% intervals", paint, size)
+    height = 0.5 + 0.4 * len(bars)
+    return _draw("headline", "Accuracy with 95% intervals", paint, (_WIDE[0], height))
 
 
 def by_segment(
@@ -203,8 +203,7 @@ def by_segment(
 
 def memory_length(lines: Mapping[Line, Sequence[float]], budget: float | None) -> Markup:
     """Mean tokens in the memory after each segment; `budget` (L_max) is marked if given."""
-    count = max(map(len, lines.values()))
-    top = max(max(values) for values in lines.values())
+    count, top = max(map(len, lines.values())), max(map(max, lines.values()))
 
     def paint(axes: Axes) -> None:
         for line, values in lines.items():
