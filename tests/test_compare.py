@@ -44,6 +44,11 @@ def test_mean_of_groups():
     assert one == pytest.approx(shares["b"])
 
 
+def test_nothing_has_no_share():
+    nothing = {"mean": None, "low": None, "high": None, "n": 0}
+    assert scores.share([]) == scores.averaged({}) == scores.headline([], "task") == nothing
+
+
 def test_a_question_of_several_kinds_counts_in_each():
     found = scores.by_group(
         [

@@ -27,7 +27,8 @@ from videomem_jax.benchmark.reading import Way
 from videomem_jax.benchmark.samples import Samples, claim, hash_texts, hash_weights
 from videomem_jax.data import benchmarks
 from videomem_jax.data.benchmarks import Benchmark, Lost
-from videomem_jax.data.records import replacing
+from videomem_jax.data.records import RecordError, replacing
+from videomem_jax.models.config import ConfigError
 
 
 def evaluate_benchmark(config: config_dict.ConfigDict, workdir: str | None) -> None:
@@ -42,6 +43,8 @@ def evaluate_benchmark(config: config_dict.ConfigDict, workdir: str | None) -> N
     """
     began = time.perf_counter()
     c = keys.freeze(config)
+    if jax.process_count() > 1:
+        raise ConfigError("a benchmark is read by one process: start eval.py on one host only")
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_batch(mesh, batch=c.batch)
     s = keys.settings(c)
@@ -76,6 +79,10 @@ def chosen(benchmark: Benchmark, c: Config) -> Benchmark:
     if c.limit and c.limit < len(questions):
         places = np.linspace(0, len(questions) - 1, c.limit).round().astype(int)
         questions, lost = tuple(questions[i] for i in places), ()
+    if not questions:
+        raise RecordError(
+            f"all questions of {c.data_dir} are open-ended: set --config.open_ended=True"
+        )
     return dataclasses.replace(benchmark, questions=questions, lost=lost)
 
 
@@ -277,11 +284,8 @@ def table(results: Mapping[str, Any]) -> str:
     lines = ["", f"{results['benchmark']}, {results['metric']} (95% interval)"]
     for one in results["readings"]:
         share, lost = one["accuracy"], len(one["lost"])
-        lines.append(
-            f"  {one['segments']} segments, {one['frames']} frames: {share['mean']:6.1%}   "
-            f"{share['low']:6.1%} to {share['high']:6.1%}   n={share['n']}"
-        )
-        steps = "  ".join(f"{step['mean']:6.1%}" for step in one["provisional"])
+        lines.append(f"  {one['segments']} segments, {one['frames']} frames: {_told(share)}")
+        steps = "  ".join(_percent(step["mean"]) for step in one["provisional"])
         lines.append(f"    after each: {steps}")
         if one["unanswered"]:
             lines.append(f"    {one['unanswered']} without an answer, counted as wrong")
@@ -291,12 +295,19 @@ def table(results: Mapping[str, Any]) -> str:
             lines += [f"      {each['sentence']}" for each in one["lost"][:3]]
         if "open_ended" in one:
             share = one["open_ended"]
-            lines.append(
-                f"    open questions, {share['metric']}: {share['mean']:6.1%}   n={share['n']}"
-            )
+            lines.append(f"    open questions, {share['metric']}: {_told(share)}")
     main = next(r for r in results["readings"] if r["segments"] == results["segments"])
     for name, groups in main["by"].items():
         lines.append(f"  by {name}, {results['segments']} segments")
         for value, share in groups.items():
-            lines.append(f"    {value[:40]:40} {share['mean']:6.1%}   n={share['n']}")
+            lines.append(f"    {value[:40]:40} {_percent(share['mean'])}   n={share['n']}")
     return "\n".join(lines)
+
+
+def _told(share: scores.Share) -> str:
+    bounds = f"{_percent(share['low'])} to {_percent(share['high'])}"
+    return f"{_percent(share['mean'])}   {bounds}   n={share['n']}"
+
+
+def _percent(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.1%}"

@@ -16,7 +16,9 @@ from videomem_jax.data.benchmarks.question import Groups
 
 _Z = 1.959963984540054  # of a 95% interval
 
-Share = dict[str, float | int]  # mean, low, high, n
+# mean, low, high, n; of nothing (n=0) the others are None.
+Share = dict[str, float | int | None]
+_NOTHING = {"mean": None, "low": None, "high": None, "n": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def share(marks: Sequence[Mark], segment: int = -1) -> Share:
     values = np.array([mark.after(segment) for mark in marks], float)
     n = len(values)
     if not n:
-        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+        return dict(_NOTHING)
     p = float(values.mean())
     worth = n / max(1.0, _design_effect(values, [mark.video for mark in marks]))
     centre = (p + _Z**2 / (2 * worth)) / (1 + _Z**2 / worth)
@@ -127,6 +129,8 @@ def averaged(shares: Mapping[str, Share]) -> Share:
     Its interval is put together from theirs (MOVER, Zou and Donner 2008).
     """
     found = [one for one in shares.values() if one["n"]]
+    if not found:
+        return dict(_NOTHING)
     mean, k = sum(one["mean"] for one in found) / len(found), len(found)
     below = math.sqrt(sum((one["mean"] - one["low"]) ** 2 for one in found)) / k
     above = math.sqrt(sum((one["high"] - one["mean"]) ** 2 for one in found)) / k
