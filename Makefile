@@ -41,7 +41,8 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 
 $(VENV)-lmms/installed: requirements.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(VENV)-lmms
-	$(VENV)-lmms/bin/python -m pip install --quiet -r requirements-lmms.txt -e .
+	$(VENV)-lmms/bin/python -m pip install --quiet -r requirements-lmms.txt
+	$(VENV)-lmms/bin/python -m pip install --quiet -r requirements.txt -e .
 	touch $@
 
 clean:

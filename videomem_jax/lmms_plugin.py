@@ -1,6 +1,6 @@
 """The project as a model of lmms-eval, the field's evaluation harness.
 
-    pip install -e . -r requirements-lmms.txt
+    pip install -r requirements-lmms.txt && pip install -r requirements.txt -e .
     lmms-eval --model videomem_jax --model_args pretrained=DIR,segments=4 --tasks videomme
 
 lmms-eval finds `manifest` by the entry point in pyproject.toml. The model's arguments are the keys
