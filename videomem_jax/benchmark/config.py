@@ -21,7 +21,7 @@ class Config:
     """One evaluation. Where a size is 0 or "", it is that of the model's training."""
 
     benchmark: str = "videomme"  # videomme, longvideobench, mlvu, lvbench, longtimescope, records
-    data_dir: str = ""  # the benchmark as it lies on disk (FORMATS in docs/benchmarks.md)
+    data_dir: str = ""  # the benchmark as it lies on disk (docs/benchmarks.md)
     weights: str = ""  # folder in Hugging Face's layout
     segments: str = ""  # into how many parts a video is cut; "1,2,3,4,6,8" reads it once for each
     frames: int = 0  # of a segment, even
