@@ -193,7 +193,7 @@ class Reader:
         # Forced options of several tokens can be mixed up in writing.
         self._weighs = forced and not is_open and self._form.grammar.room > 1
         self._read = jax.jit(
-            self._read_batch,
+            sharding.laid_out(mesh, self._read_batch),
             in_shardings=(None, None, sharding.batch_sharding(mesh)),
             out_shardings=sharding.replicated(mesh),
         )
