@@ -2,12 +2,15 @@
 
     python train.py --config=configs/demo.py --workdir=runs/demo
     python train.py --config=configs/prpo_tpu.py --workdir=gs://.../run --config.prpo.group_size=4
+    python train.py --config=configs/prpo_tpu.py --workdir=runs/plan --aot=v5p:2x2x4
 
 Killed at any moment and started again with the same command, it goes on exactly. The trained model
 is left in WORKDIR/model as a Hugging Face folder, metrics in WORKDIR/metrics.jsonl and
 WORKDIR/tensorboard.
 """
 
+import functools
+import pathlib
 import time
 
 import jax
@@ -15,7 +18,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from videomem_jax import export, run, settings, sharding
+from videomem_jax import aot, export, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.data import pipeline
 from videomem_jax.metrics import MetricsWriter, peak_rss_gb
@@ -23,6 +26,12 @@ from videomem_jax.trainer import Trainer, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, model.")
+_AOT = flags.DEFINE_string(
+    "aot",
+    None,
+    "Only compile for a machine, such as v5p:2x2x4, h100:8 or cpu:8; see videomem_jax.aot",
+)
+_AOT_STEPS = flags.DEFINE_list("aot_steps", [], "Steps to compile with --aot; all by default.")
 
 
 class Phase:
@@ -145,7 +154,8 @@ def train(config, workdir_flag: str) -> None:
         for name, steps, file, _ in phases
         if steps
     }
-    loaded = run.load(s)
+    shards = functools.partial(sharding.parameter_shardings, mesh)
+    loaded = run.load(s, shardings=shards)
     print(f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s)")
 
     exports = {"coldstart": workdir / "coldstart_model", "prpo": workdir / "model"}
@@ -175,7 +185,7 @@ def train(config, workdir_flag: str) -> None:
                 settings.save_sizes(s, folder)
                 export.save(trainer.model(state), loaded.tokenizer, folder, source=source)
         if (folder / "config.json").exists():
-            loaded = run.load(s, folder)
+            loaded = run.load(s, folder, shardings=shards)
     writer.close()
     watch.most("peak_rss_gb", peak_rss_gb())
     watch.add("train", time.perf_counter() - began)
@@ -186,7 +196,17 @@ def main(argv):
     """Checks the flags, then trains."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    run.entry(lambda: train(run.given_config(_CONFIG.value), run.given_workdir(_WORKDIR.value)))
+    if _AOT.value:
+        run.entry(lambda: ahead_of_time(_AOT.value, _AOT_STEPS.value))
+    else:
+        run.entry(lambda: train(run.given_config(_CONFIG.value), run.given_workdir(_WORKDIR.value)))
+
+
+def ahead_of_time(target: str, steps: list[str]) -> None:
+    """Compiles the run's steps for a machine that need not be here; prints what they cost."""
+    config = run.given_config(_CONFIG.value)
+    workdir = pathlib.Path(run.given_workdir(_WORKDIR.value))
+    aot.check(settings.freeze(config), target, workdir, steps)
 
 
 if __name__ == "__main__":

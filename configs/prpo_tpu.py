@@ -17,7 +17,7 @@ def get_config():
     config.devices = 16
     config.model.weights = "Qwen3-VL-8B-Instruct"
     config.model.dtype = "bfloat16"
-    config.model.remat = True
+    config.model.remat = "attention"
     config.data.workers = 8
     config.prompt.segments = 4
     config.prompt.frames = 32

@@ -208,7 +208,7 @@ def test_parameters_lie_on_all_axes(trainer_of):
     found = set()
     for part in (trainer.first.trained, trainer.frozen):
         for leaf in jax.tree.leaves(part):
-            found |= {axis for axis in leaf.sharding.spec if axis}
+            found |= {axis for axes in leaf.sharding.spec if axes for axis in axes}
     assert found == {"fsdp", "tensor"}
     # The optimizer's moments lie with their parameters.
     for moment in jax.tree.leaves(trainer.first.opt, is_leaf=is_adam):

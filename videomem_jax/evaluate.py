@@ -22,6 +22,7 @@ from videomem_jax.data import pipeline
 from videomem_jax.data.records import LETTERS, Record
 from videomem_jax.grammar import Grammar
 from videomem_jax.metrics import interval
+from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import Tokenizer
 
@@ -31,20 +32,22 @@ class Evaluator:
 
     def __init__(self, model: Qwen3VL, form: mem.Format, mesh: Mesh):
         self._graph, _ = nnx.split(model)
-        self._form, self._mesh = form, mesh
+        self._form, self._mesh, self._dtype = form, mesh, model.dtype
         shard = sharding.batch_sharding(mesh)
         self.read = jax.jit(self._read, in_shardings=(None, None, shard))
 
     def place(self, model: Qwen3VL) -> nnx.State:
         """A model's parameters on the mesh, as `read` takes them."""
         params = nnx.state(model)
-        return jax.device_put(params, sharding.parameter_shardings(self._mesh, params))
+        return sharding.place(params, sharding.parameter_shardings(self._mesh, params))
 
     def _read(self, params, grammar: Grammar, batch: Batch):
+        params = kernels_in(params, self._dtype)
         model, form = nnx.merge(self._graph, params), self._form._replace(grammar=grammar)
         sampling = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
-        features = mem.see(model, batch.clip)
-        steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling)
+        with sharding.on(self._mesh):
+            features = mem.see(model, batch.clip)
+            steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling)
         return jax.tree.map(lambda a: a[:, :, 0], steps.parsed)
 
 

@@ -72,6 +72,12 @@ def empty(b: int, k: int, slots: int, pad: int) -> Memory:
 def see(model: Qwen3VL, clip: Clip) -> VisionFeatures:
     """Vision features of clips with leading axes: [*b, v, d] and [D, *b, v, d]."""
     lead = clip.grid.shape[:-1]
+    if len(lead) == 2:  # segment by segment: the tower's own working memory is that of one
+        segments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), clip)
+        features = jax.lax.map(lambda each: see(model, each), segments)
+        return VisionFeatures(
+            jnp.moveaxis(features.embeds, 0, 1), jnp.moveaxis(features.deepstack, 0, 2)
+        )
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), clip)
     features = model.see(flat.patches, flat.patch_positions, flat.grid)
     return VisionFeatures(

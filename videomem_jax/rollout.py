@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import grammar as fmt
@@ -19,6 +20,7 @@ from videomem_jax.models.layers import MASKED
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
 from videomem_jax.prompt import Prompt
+from videomem_jax.sharding import constrain, decoding, parts
 
 
 class Completions(NamedTuple):
@@ -126,9 +128,7 @@ def sample(
         position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
         seen = visible(grammar, context, state[..., None])
         hidden, cache = model.step(token, position, cache, index, context.kv, seen)
-        logp = log_softmax(
-            model.logits(hidden), fmt.permitted(grammar, state, choices), temperature
-        )
+        logp = _permitted_log_softmax(model, grammar, hidden, state, choices, temperature)
         if greedy:
             new = jnp.argmax(logp, axis=-1)
         else:
@@ -137,7 +137,7 @@ def sample(
         values = (
             new,
             ~fmt.ended(state),
-            jnp.take_along_axis(logp, new[..., None], -1)[..., 0],
+            _picked(logp, new),
             entropy(logp),
         )
         out = tuple(
@@ -156,7 +156,8 @@ def sample(
     )
     first = jnp.broadcast_to(context.last[:, None], shape).astype(jnp.int32)
     start = (jnp.int32(0), first, zero + fmt.State.START, zero, model.empty_cache(n, count, size))
-    _, _, state, _, _, out = jax.lax.while_loop(more, one, (*start, out))
+    with decoding():
+        _, _, state, _, _, out = jax.lax.while_loop(more, one, (*start, out))
     return Completions(*out, state)
 
 
@@ -232,10 +233,13 @@ def score(
     mask: Bool[Array, "n r c"],
     *,
     temperature: float,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "n r c"], Float[Array, "n r c"]]:
     """Log-probabilities and entropies of given completions, in one pass, differentiable.
 
     Equal to those that `sample` returned when the tokens were drawn from the same parameters.
+    With `chunk`, logits exist for so many positions of a completion at once, in the backward pass
+    too: over a real vocabulary those of all positions would not fit.
     """
     n, r, c = tokens.shape
     first = jnp.broadcast_to(context.last[:, None, None], (n, r, 1))
@@ -243,7 +247,38 @@ def score(
     position = jnp.broadcast_to(context.position[:, None, None] + jnp.arange(c), (3, n, r, c))
     state = fmt.states(grammar, tokens)
     hidden = model.complete(inputs, position, mask, context.kv, visible(grammar, context, state))
-    allowed = fmt.permitted(grammar, state, choices)
-    logp = log_softmax(model.logits(hidden), allowed, temperature)
-    chosen = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
-    return jnp.where(mask, chosen, 0.0), jnp.where(mask, entropy(logp), 0.0)
+
+    def distribution(part):
+        hidden, state, tokens = part
+        logp = _permitted_log_softmax(model, grammar, hidden, state, choices, temperature)
+        return _picked(logp, tokens), entropy(logp)
+
+    chunk = min(chunk or c, c)
+    if chunk == c:
+        chosen, spread = distribution((hidden, state, tokens))
+    else:
+        pad = -c % chunk
+
+        def cut(a):
+            a = jnp.pad(a, [(0, 0), (0, 0), (0, pad), *[(0, 0)] * (a.ndim - 3)])
+            return rearrange(a, "n r (m c) ... -> m n r c ...", c=chunk)
+
+        pieces = jax.tree.map(cut, (hidden, state, tokens))
+        done = jax.lax.map(jax.checkpoint(distribution), pieces)
+        chosen, spread = (rearrange(a, "m n r c -> n r (m c)")[:, :, :c] for a in done)
+    return jnp.where(mask, chosen, 0.0), jnp.where(mask, spread, 0.0)
+
+
+def _permitted_log_softmax(model, grammar, hidden, state, choices, temperature):
+    """The distribution of the next token, [..., vocab], split over devices by vocabulary."""
+    allowed = constrain(fmt.permitted(grammar, state, choices), "group", ..., "vocab")
+    return log_softmax(model.logits(hidden), allowed, temperature)
+
+
+def _picked(logp: Float[Array, "*b vocab"], tokens: Int[Array, "*b"]) -> Float[Array, "*b"]:
+    """The log-probabilities of these tokens."""
+    if parts("vocab") == 1:
+        return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    # A sum with one term that is not zero: each device looks at its part of the vocabulary.
+    here = jnp.arange(logp.shape[-1]) == tokens[..., None]
+    return jnp.sum(jnp.where(here, logp, 0.0), axis=-1)

@@ -233,12 +233,16 @@ def load(s: settings.Settings, folder: str | pathlib.Path | None = None, **placi
     Args:
       s: the run's settings.
       folder: of the weights.
-      **placing: `shardings` for `convert.load_pretrained`.
+      **placing: `shardings` and `param_dtype` for `convert.load_pretrained`.
     """
     folder = folder or s.model.weights or BASE
     tokenizer = Tokenizer.load(folder)
     model = convert.load_pretrained(
-        folder, dtype=jnp.dtype(s.model.dtype), remat=s.model.remat, **placing
+        folder,
+        dtype=jnp.dtype(s.model.dtype),
+        remat=s.model.remat,
+        attention=s.model.attention,
+        **{"param_dtype": jnp.dtype(s.model.param_dtype)} | placing,
     )
     form = make_format(tokenizer, model, s)
     model.start_tokens(tokenizer.new_tags)

@@ -27,7 +27,12 @@ class Model:
 
     weights: str = ""  # folder in Hugging Face's layout; "" is the tiny base model shipped here
     dtype: str = "float32"  # of the activations: float32 or bfloat16
-    remat: bool = False  # recompute each decoder layer in the backward pass
+    param_dtype: str = "float32"  # of the parameters; bfloat16 where only adapters are trained
+    remat: str = "none"  # what of a layer is computed again: none, all, or all but its "attention"
+    attention: str = "auto"  # auto (what the hardware has), xla, splash (TPU) or cudnn (GPU)
+    chunk: int = 64  # positions of a completion whose logits exist at once
+    lora_rank: int = 0  # train adapters of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float = 32.0  # adapters count lora_alpha / lora_rank
     train_vision: bool = False  # train the vision tower too, in the cold start
 
 
@@ -276,6 +281,23 @@ def _check(s: Settings) -> None:
 
     one_of("hardware", s.hardware, "any", "tpu", "gpu")
     one_of("model.dtype", s.model.dtype, "float32", "bfloat16")
+    one_of("model.param_dtype", s.model.param_dtype, "float32", "bfloat16")
+    one_of("model.remat", s.model.remat, "none", "all", "attention", "products")
+    one_of("model.attention", s.model.attention, "auto", "xla", "splash", "cudnn")
+    need(s.model.lora_rank >= 0, "model.lora_rank", s.model.lora_rank, "0 or more")
+    need(
+        s.model.param_dtype == "float32" or s.model.lora_rank > 0,
+        "model.param_dtype",
+        s.model.param_dtype,
+        "float32 where the weights are trained (config.model.lora_rank=0): a step's change would "
+        "be lost in rounding",
+    )
+    need(
+        s.model.lora_rank == 0 or not s.model.train_vision,
+        "model.train_vision",
+        s.model.train_vision,
+        "off with adapters (config.model.lora_rank above 0)",
+    )
     one_of("prompt.answer", s.prompt.answer, "letter", "text")
     one_of("prompt.answer_from", s.prompt.answer_from, "all", "memory")
     one_of("data.task", s.data.task, "records", "needle")
@@ -292,6 +314,7 @@ def _check(s: Settings) -> None:
         ("prpo.batch", s.prpo.batch),
         ("prpo.accumulate", s.prpo.accumulate),
         ("prpo.updates_per_rollout", s.prpo.updates_per_rollout),
+        ("model.chunk", s.model.chunk),
         ("eval.batch", s.eval.batch),
         ("eval.long_segments", s.eval.long_segments),
         ("checkpoints.every", s.checkpoints.every),

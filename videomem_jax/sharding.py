@@ -2,11 +2,21 @@
 
 `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads and
 hidden dimensions. There is always a mesh, even of one device.
+
+Two layouts serve the two kinds of work. Over many tokens (prefill, update) every device keeps its
+own examples, and a layer's weights are gathered over `fsdp` when it is their turn. In decoding,
+where a token costs as much as its weights take to read, the weights stay where they are and the
+few activations move (arXiv 2211.05102): `fsdp` then splits hidden dimensions as `tensor` does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,17 +27,169 @@ from videomem_jax import settings
 from videomem_jax.models.config import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+# The order in which the two axes split one dimension: what is left of it when gathered over fsdp
+# is then one block, the device's share on `tensor`.
+_BOTH = ("tensor", "fsdp")
 
-# Spec of a parameter's last two axes, by the names on its path; the first match holds. Axes that
-# do not divide are left whole, as are norms and biases.
-_RULES: tuple[tuple[str, tuple[str | None, str | None]], ...] = (
-    ("embed_tokens", ("tensor", "fsdp")),
-    ("o_proj", ("tensor", "fsdp")),
-    ("down_proj", ("tensor", "fsdp")),
-    ("linear_fc2", ("tensor", "fsdp")),
-    ("proj/kernel", ("tensor", "fsdp")),
-    ("kernel", ("fsdp", "tensor")),
+# Which of a parameter's last two axes is split, by the names on its path; the first match holds.
+# Axes that do not divide are split over fewer devices or left whole, as are norms and biases. The
+# vocabulary is split where the head produces it, the width where tokens are looked up.
+_RULES: tuple[tuple[str, int], ...] = (
+    ("embed_tokens", 1),
+    ("lora_a", 0),
+    ("o_proj", 0),
+    ("down_proj", 0),
+    ("linear_fc2", 0),
+    ("/proj/kernel", 0),
+    ("kernel", 1),
+    ("lora_b", 1),
 )
+
+# Mesh axes of an activation's axis by its name: where there are many tokens, and in decoding.
+_MANY: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),  # examples, in products with weights
+    "attend": ("data", "fsdp"),  # examples, in attention: each has keys and values of its own
+    "width": ("tensor",),  # the residual stream between layers
+    "heads": ("tensor",),
+    "hidden": ("tensor",),  # of the MLP, and all heads of a token
+    "group": ("data",),  # examples, where the vocabulary takes the other axes
+    "vocab": _BOTH,
+    "table": _BOTH,  # the width of an embedding that has just been looked up
+    "frames": ("data", "fsdp", "tensor"),
+}
+_FEW = _MANY | {"rows": ("data",), "width": (), "hidden": _BOTH}
+
+
+class _Layout(NamedTuple):
+    mesh: Mesh
+    axes: dict[str, tuple[str, ...]]
+
+
+_layout: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh) -> Iterator[None]:
+    """While a program is traced in this block, its activations are laid out on the mesh."""
+    token = _layout.set(_Layout(mesh, _MANY))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """In this block, activations are laid out for few tokens: weights stay, activations move."""
+    now = _layout.get()
+    token = _layout.set(now and now._replace(axes=_FEW))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def mesh_here() -> Mesh | None:
+    """The mesh of the block that is being traced; None outside any."""
+    now = _layout.get()
+    return now and now.mesh
+
+
+def platform() -> str:
+    """What the program being traced is for: cpu, gpu or tpu."""
+    mesh = mesh_here()
+    kind = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if kind in ("cuda", "rocm") else kind
+
+
+def parts(name: str) -> int:
+    """Into how many parts an activation's axis of this name is cut, if it divides."""
+    now = _layout.get()
+    return 1 if now is None else math.prod(now.mesh.shape[axis] for axis in now.axes[name])
+
+
+def spec(shape: tuple[int, ...], *names) -> P:
+    """The partition of an activation, by the names of its axes (see `constrain`)."""
+    now = _layout.get()
+    if ... in names:
+        at = names.index(...)
+        names = (*names[:at], *[None] * (len(shape) - len(names) + 1), *names[at + 1 :])
+    return P(
+        *(
+            None if name is None else _fitting(now.mesh, size, now.axes[name])
+            for size, name in zip(shape, names, strict=True)
+        )
+    )
+
+
+def constrain(x: jax.Array, *names) -> jax.Array:
+    """Lays an activation out by the names of its axes; without a mesh, nothing happens.
+
+    Args:
+      x: the array.
+      *names: one an axis, None for one that is not split; `...` stands for any number of these.
+    """
+    now = _layout.get()
+    if now is None or now.mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(now.mesh, spec(x.shape, *names)))
+
+
+def gathered(weight: jax.Array, split: str | None) -> jax.Array:
+    """A weight [in, out] as its layer's product takes it.
+
+    Over many tokens that is whole but for the `tensor` axis; its gradient goes back into the
+    shards it came from. In decoding the weight stays as it is stored.
+
+    Args:
+      weight: of one layer.
+      split: which axis `tensor` splits: "in", "out", or None (such weights are always gathered).
+    """
+    now = _layout.get()
+    if now is None or now.mesh.size == 1 or (now.axes is _FEW and split is not None):
+        return weight
+    axis = 0 if split == "in" else 1
+    stored = _on(axis, _fitting(now.mesh, weight.shape[axis], _BOTH))
+    wanted = _on(axis, _fitting(now.mesh, weight.shape[axis], ("tensor",))) if split else P()
+    return _moved(weight, NamedSharding(now.mesh, stored), NamedSharding(now.mesh, wanted))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(weight, stored, wanted):
+    return jax.lax.with_sharding_constraint(weight, wanted)
+
+
+def _moved_forward(weight, stored, wanted):
+    return _moved(weight, stored, wanted), None
+
+
+def _moved_backward(stored, wanted, _, grad):
+    return (jax.lax.with_sharding_constraint(grad, stored),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
+
+
+def _on(axis: int, part) -> P:
+    return P(part, None) if axis == 0 else P(None, part)
+
+
+def _fitting(mesh: Mesh, size: int, axes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """As many of the axes, from the first, as divide the size."""
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes or None
+
+
+def place(tree, shardings):
+    """Puts arrays there; where a tree has shapes in place of arrays, they are told where to be."""
+
+    def one(leaf, sharding):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def make_mesh(wanted: settings.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
@@ -89,11 +251,7 @@ def parameter_shardings(mesh: Mesh, params):
 
 def parameter_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     """The partition of a parameter called `name` ("language_model/layers/mlp/up_proj/kernel")."""
-    rule = next((spec for part, spec in _RULES if part in name), None)
-    if rule is None or len(shape) < 2 or name.endswith("bias"):
+    axis = next((axis for part, axis in _RULES if part in name), None)
+    if axis is None or len(shape) < 2 or name.endswith("bias"):
         return P()
-    fits = [
-        axis if size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(rule, shape[-2:], strict=True)
-    ]
-    return P(*[None] * (len(shape) - 2), *fits)
+    return P(*[None] * (len(shape) - 2), *_on(axis, _fitting(mesh, shape[-2 + axis], _BOTH)))

@@ -7,6 +7,7 @@ once a batch and reused by the update.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from videomem_jax import prpo, rollout, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Prefix
 from videomem_jax.grammar import Parsed
+from videomem_jax.models import lora
+from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
 from videomem_jax.rewards import cascading_reward
@@ -94,6 +97,10 @@ class Trainer:
         self.settings, self.form, self.mesh, self.phase = settings, form, mesh, phase
         train_vision = settings.model.train_vision and phase == "coldstart"
         trained = nnx.All(nnx.Param, lambda path, _: train_vision or path[0] != "visual")
+        self._adapted = settings.model.lora_rank > 0
+        if self._adapted:
+            m, trained = settings.model, nnx.LoRAParam
+            model = lora.add(model, m.lora_rank, m.lora_alpha, settings.seed)
         self._graph, first, self.frozen = nnx.split(model, trained, ...)
         self.frozen = self._placed(self.frozen)
         part = settings.coldstart if phase == "coldstart" else settings.prpo
@@ -103,28 +110,31 @@ class Trainer:
         )
         self.first = self._state(self._placed(first))
         self.reference = None
-        if phase == "prpo" and settings.prpo.kl_coef > 0:
-            self.reference = jax.tree.map(jnp.copy, self.first.trained)
+        if phase == "prpo" and settings.prpo.kl_coef > 0 and not self._adapted:
+            self.reference = _copied(self.first.trained)
         shard = sharding.batch_sharding(mesh)
         same = sharding.replicated(mesh)
         self._shardings = jax.tree.map(lambda a: a.sharding, self.first)
         self.supervised_step = jax.jit(
-            self._supervised,
+            self._on_mesh(self._supervised),
             in_shardings=(self._shardings, None, shard),
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
-        self.rollout_step = jax.jit(self._rollout, in_shardings=(None, None, shard, same, same))
+        self.rollout_step = jax.jit(
+            self._on_mesh(self._rollout), in_shardings=(None, None, shard, same, same)
+        )
         self.update_step = jax.jit(
-            self._update,
+            self._on_mesh(self._update),
             in_shardings=(self._shardings, None, None, None),
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
 
     def model(self, state: TrainState) -> Qwen3VL:
-        """The model with a state's parameters."""
-        return nnx.merge(self._graph, state.trained, self.frozen)
+        """The model with a state's parameters; adapters are added to the weights."""
+        model = nnx.merge(self._graph, state.trained, self.frozen)
+        return lora.merge(model) if self._adapted else model
 
     def tau(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """PSP's temperature at an update."""
@@ -134,7 +144,7 @@ class Trainer:
     # --- state ---
 
     def _placed(self, params):
-        return jax.device_put(params, sharding.parameter_shardings(self.mesh, params))
+        return sharding.place(params, sharding.parameter_shardings(self.mesh, params))
 
     def _state(self, trained) -> TrainState:
         same = sharding.replicated(self.mesh)
@@ -143,11 +153,28 @@ class Trainer:
         places = optax.tree_map_params(
             self._transform, lambda _, s: s, shapes, spec, transform_non_params=lambda _: same
         )
-        opt = jax.jit(self._transform.init, out_shardings=places)(trained)
-        return TrainState(trained, opt, jax.device_put(jnp.int32(0), same))
+        step = jnp.int32(0)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trained)):
+            opt, step = sharding.place(shapes, places), jax.eval_shape(lambda: step)
+        else:
+            opt = jax.jit(self._transform.init, out_shardings=places)(trained)
+        return TrainState(trained, opt, sharding.place(step, same))
+
+    def _on_mesh(self, step):
+        """A step whose activations are laid out on the trainer's mesh."""
+
+        @functools.wraps(step)
+        def run(*args):
+            with sharding.on(self.mesh):
+                return step(*args)
+
+        return run
 
     def _merge(self, trained, frozen) -> Qwen3VL:
-        return nnx.merge(self._graph, trained, frozen)
+        """The model, its kernels in the dtype of the activations: so they are gathered and read."""
+        dtype = self.settings.model.dtype
+        cast = functools.partial(kernels_in, dtype=jnp.dtype(dtype))
+        return nnx.merge(self._graph, cast(trained), cast(frozen))
 
     def _step(self, state: TrainState, grads) -> tuple[TrainState, Float[Array, ""]]:
         updates, opt = self._transform.update(grads, state.opt, state.trained)
@@ -249,6 +276,7 @@ class Trainer:
             rows.tokens,
             rows.mask,
             temperature=self.settings.prpo.temperature,
+            chunk=self.settings.model.chunk,
         )
 
     def _update(
@@ -256,6 +284,8 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on a rollout's completions, micro-batch by micro-batch."""
         p = self.settings.prpo
+        if self._adapted and p.kl_coef > 0:  # without what its adapters add, the model is the base
+            reference = jax.tree.map(jnp.zeros_like, state.trained)
 
         def loss(trained, part: Rows):
             logprobs, entropy = self._score(trained, frozen, part)
@@ -319,12 +349,19 @@ class Trainer:
                 tokens[:, None],
                 learn[:, None],
                 temperature=1.0,
+                chunk=self.settings.model.chunk,
             )
             return -logprobs.sum() / count, -logprobs.sum() / count
 
         nll, grads = accumulate(loss, state.trained, parts)
         new, norm = self._step(state, grads)
         return new, {"loss": nll.sum(), "grad_norm": norm}
+
+
+def _copied(tree):
+    """A copy in buffers of its own; of shapes there is none to make."""
+    is_shape = lambda a: isinstance(a, jax.ShapeDtypeStruct)  # noqa: E731
+    return jax.tree.map(lambda a: a if is_shape(a) else jnp.copy(a), tree)
 
 
 def micro_batches(tree: Any, parts: int):

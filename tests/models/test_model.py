@@ -159,9 +159,9 @@ def test_shared_prompt_equals_separate_prompts(scene, make, r=3, c=5):
 
         return make.jit(jax.grad(loss, has_aux=True))(scene.state)
 
-    expected, hidden = gradients(separate, remat=False)
+    expected, hidden = gradients(separate, remat="none")
     paths = jax.tree_util.tree_flatten_with_path(expected)[0]
-    for remat in (False, True):
+    for remat in ("none", "all"):
         got, again = gradients(shared, remat)
         assert_near(again, hidden)
         for (path, b), a in zip(paths, jax.tree.leaves(got), strict=True):
@@ -316,7 +316,7 @@ def test_released_sizes(name, millions):
 
 
 def test_largest_model_is_traced_without_its_memory():
-    graph, state = nnx.split(abstract(preset("32b"), dtype=jnp.bfloat16, remat=True))
+    graph, state = nnx.split(abstract(preset("32b"), dtype=jnp.bfloat16, remat="all"))
 
     def loss(state, clip, tokens, positions, mask, slot):
         model = nnx.merge(graph, state)

@@ -15,8 +15,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from videomem_jax.models import layers
+from videomem_jax.models import attention, layers
 from videomem_jax.models.config import TextConfig
+from videomem_jax.sharding import constrain
 
 
 class KV(NamedTuple):
@@ -37,43 +38,56 @@ class DeepStack(NamedTuple):
     slot: Int[Array, "n s"]
 
 
+# What the backward pass finds kept of a layer beside its input; it computes the rest again.
+REMAT = {
+    "all": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
 class Attention(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         d, h = config.hidden_size, config.head_dim
         n, k = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = layers.Linear(d, n * h, bias=False, rngs=rngs)
-        self.k_proj = layers.Linear(d, k * h, bias=False, rngs=rngs)
-        self.v_proj = layers.Linear(d, k * h, bias=False, rngs=rngs)
-        self.o_proj = layers.Linear(n * h, d, bias=False, rngs=rngs)
+        self.q_proj = layers.Linear(d, n * h, bias=False, rngs=rngs, split="out")
+        self.k_proj = layers.Linear(d, k * h, bias=False, rngs=rngs, split="out")
+        self.v_proj = layers.Linear(d, k * h, bias=False, rngs=rngs, split="out")
+        self.o_proj = layers.Linear(n * h, d, bias=False, rngs=rngs, split="in")
         self.q_norm = layers.RMSNorm(h, config.rms_norm_eps)
         self.k_norm = layers.RMSNorm(h, config.rms_norm_eps)
         self.head_dim = h
 
     def project(self, x, angles):
         """Rotated queries and keys, and values: [n, r, s, heads, h]."""
-        q, k, v = (
-            rearrange(project(x), "... (n h) -> ... n h", h=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        x = constrain(x, "rows", ...)
+        q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         return (
             layers.rotate(self.q_norm(q), angles),
             layers.rotate(self.k_norm(k), angles),
             v,
         )
 
+    def _heads(self, y):
+        y = constrain(y, "rows", ..., "hidden")
+        y = rearrange(y, "... (n h) -> ... n h", h=self.head_dim)
+        return constrain(y, "attend", ..., "heads", None)
+
     def output(self, y):
-        return self.o_proj(rearrange(y, "... n h -> ... (n h)"))
+        y = rearrange(y, "... n h -> ... (n h)")
+        return self.o_proj(constrain(y, "rows", ..., "hidden"))
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         d, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = layers.Linear(d, hidden, bias=False, rngs=rngs)
-        self.up_proj = layers.Linear(d, hidden, bias=False, rngs=rngs)
-        self.down_proj = layers.Linear(hidden, d, bias=False, rngs=rngs)
+        self.gate_proj = layers.Linear(d, hidden, bias=False, rngs=rngs, split="out")
+        self.up_proj = layers.Linear(d, hidden, bias=False, rngs=rngs, split="out")
+        self.down_proj = layers.Linear(hidden, d, bias=False, rngs=rngs, split="in")
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (constrain(f(x), "rows", ..., "hidden") for f in (self.gate_proj, self.up_proj))
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Layer(nnx.Module):
@@ -85,14 +99,23 @@ class Layer(nnx.Module):
 
     def finish(self, x, attended):
         """The rest of the layer, from the attention's output on."""
-        x = x + self.self_attn.output(attended)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = constrain(x + self.self_attn.output(attended), "rows", ..., "width")
+        normed = constrain(self.post_attention_layernorm(x), "rows", ...)
+        return constrain(x + self.mlp(normed), "rows", ..., "width")
 
 
 class Decoder(nnx.Module):
     """The language model; parameter names follow the checkpoints' (`model.language_model.*`)."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, remat: bool = False):
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        attention: str = "auto",
+    ):
+        """`remat`: see `REMAT`; `attention`: see `attention.causal`."""
         self.config = config
         init = jax.nn.initializers.normal(config.hidden_size**-0.5)
         self.embed_tokens = nnx.Param(
@@ -102,7 +125,7 @@ class Decoder(nnx.Module):
             lambda rngs: Layer(config, rngs=rngs), config.num_hidden_layers, rngs
         )
         self.norm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.remat = remat
+        self.remat, self.attention = remat, attention
 
     def angles(self, positions: Int[Array, "3 *s"]) -> Float[Array, "*s h2"]:
         """Rotary angles of these positions."""
@@ -134,21 +157,19 @@ class Decoder(nnx.Module):
         """
         graph, stacked = nnx.split(self.layers)
         angles = self.angles(positions)
-        causal = jnp.tril(jnp.ones((x.shape[2],) * 2, bool))
-        seen = mask[:, :, None, :] & causal
 
         def layer(x, inputs):
             params, index, own_context = inputs
             module = nnx.merge(graph, params)
             q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
-            y = layers.attend(q, k, v, seen, own_context, context_mask)
+            y = attention.causal(q, k, v, mask, own_context, context_mask, kind=self.attention)
             x = module.finish(x, y)
             if deepstack is not None and deepstack.features.shape[0]:
                 x = x + _deepstack_at(deepstack, index).astype(x.dtype)[:, None]
             return x, KV(k, v)
 
-        if self.remat:
-            layer = jax.checkpoint(layer)
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         inputs = (stacked, jnp.arange(self.config.num_hidden_layers), context)
         x, kv = jax.lax.scan(layer, x, inputs)
         return self.norm(x), kv

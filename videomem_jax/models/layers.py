@@ -8,20 +8,38 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from videomem_jax import sharding
+
 # A masked logit. Finite, so that a row without any key gives a uniform row instead of NaN.
 MASKED = -1e30
 
 
 class Linear(nnx.Module):
-    """`y = x @ kernel (+ bias)`; the kernel is [in, out] and is cast to x's dtype."""
+    """`y = x @ kernel (+ bias)`; the kernel is [in, out] and is cast to x's dtype.
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs):
+    `split` says which axis of the kernel the mesh's `tensor` axis splits (`sharding.gathered`).
+    An adapter (`models.lora`) adds `scale * (x @ lora_a) @ lora_b`.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs, split: str | None = None
+    ):
         init = jax.nn.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32)) if bias else None
+        self.split = split
+        self.lora_a = self.lora_b = None
+        self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        kernel = sharding.gathered(self.kernel[...].astype(x.dtype), self.split)
+        y = matmul(x, kernel)
+        if self.lora_a is not None:
+            a, b = (
+                sharding.gathered(part[...].astype(x.dtype), None)
+                for part in (self.lora_a, self.lora_b)
+            )
+            y = y + (x @ a) @ b * self.lora_scale
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -42,7 +60,8 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(kept, grad):
     x, kernel = kept
-    grad = jax.lax.optimization_barrier(grad)
+    if sharding.platform() == "cpu":
+        grad = jax.lax.optimization_barrier(grad)
     rows, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     return grad @ kernel.T, jnp.einsum("ti,to->io", rows, out)
 
@@ -160,3 +179,15 @@ def stack_layers(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` layers made by `make(rngs)`, every parameter stacked along a new first axis."""
     keys = jax.random.split(rngs.params(), count)
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)), in_axes=0, out_axes=0)(keys)
+
+
+def kernels_in(params, dtype):
+    """The kernels of a tree of parameters in a dtype; all other parameters as they are.
+
+    Done before they are gathered and read, it halves what moves.
+    """
+
+    def one(path, leaf):
+        return leaf.astype(dtype) if "kernel" in jax.tree_util.keystr(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -9,24 +9,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from videomem_jax.models import layers
 from videomem_jax.models.config import Qwen3VLConfig
 from videomem_jax.models.decoder import KV, Decoder, DeepStack, place
-from videomem_jax.models.layers import Linear
 from videomem_jax.models.vision import VisionFeatures, VisionTower
+from videomem_jax.sharding import constrain
 
 
 class Qwen3VL(nnx.Module):
     """The model. `dtype` is that of the activations; parameters keep the dtype they have."""
 
     def __init__(
-        self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False
+        self,
+        config: Qwen3VLConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
+        attention: str = "auto",
     ):
         self.config = config
         self.visual = VisionTower(config.vision, rngs=rngs)
-        self.language_model = Decoder(config.text, rngs=rngs, remat=remat)
+        self.language_model = Decoder(config.text, rngs=rngs, remat=remat, attention=attention)
         tied = config.text.tie_word_embeddings
         d, vocab = config.text.hidden_size, config.text.vocab_size
-        self.lm_head = None if tied else Linear(d, vocab, bias=False, rngs=rngs)
+        self.lm_head = None if tied else layers.Linear(d, vocab, bias=False, rngs=rngs, split="out")
         self.dtype = dtype
 
     def see(
@@ -40,7 +47,11 @@ class Qwen3VL(nnx.Module):
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
         """Embeddings of token ids."""
-        return self.language_model.embed_tokens[...][tokens].astype(self.dtype)
+        # Each device looks its part of the width up for all tokens, and they are dealt out then:
+        # the table stays where it is.
+        tokens = constrain(tokens, "group", ...)
+        x = self.language_model.embed_tokens[...][tokens].astype(self.dtype)
+        return constrain(constrain(x, "group", ..., "table"), "rows", ..., "width")
 
     def prefill(
         self,
@@ -102,14 +113,21 @@ class Qwen3VL(nnx.Module):
         """A cache for n x r completions of at most `size` tokens."""
         c = self.config.text
         shape = (c.num_hidden_layers, n, r, size, c.num_key_value_heads, c.head_dim)
-        return KV(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        zeros = constrain(jnp.zeros(shape, self.dtype), None, "attend", ..., "heads", None)
+        return KV(zeros, zeros)
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
-        """Logits in float32."""
+    def logits(self, hidden: Float[Array, "n ... d"]) -> Float[Array, "n ... vocab"]:
+        """Logits in float32.
+
+        The head stays where it is, split by vocabulary, and the hidden states come to it.
+        """
+        hidden = constrain(hidden, "group", ...)
         if self.lm_head is None:
             table = self.language_model.embed_tokens[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+            y = jnp.einsum("...d,vd->...v", hidden, constrain(table, "vocab", None))
+        else:
+            y = layers.matmul(hidden, self.lm_head.kernel[...].astype(hidden.dtype))
+        return constrain(y.astype(jnp.float32), "group", ..., "vocab")
 
     def start_tokens(self, like: Mapping[int, Sequence[int]]) -> None:
         """Gives new tokens the mean embedding, and head, of others: `like[new] = others`."""
@@ -122,9 +140,9 @@ class Qwen3VL(nnx.Module):
                 kernel[...] = kernel[...].at[:, new].set(mean)
 
 
-def abstract(config: Qwen3VLConfig, dtype=jnp.float32, remat: bool = False) -> Qwen3VL:
-    """The model with shapes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+def abstract(config: Qwen3VLConfig, dtype=jnp.float32, **options) -> Qwen3VL:
+    """The model with shapes in place of arrays: nothing is allocated; options are `Qwen3VL`'s."""
+    return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
 
 
 def parameter_count(model: Qwen3VL) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from videomem_jax.models import layers
 from videomem_jax.models.config import VisionConfig
+from videomem_jax.sharding import constrain
 
 
 class VisionFeatures(NamedTuple):
@@ -125,9 +126,10 @@ class VisionTower(nnx.Module):
         mask, angles = (jnp.repeat(a, f, axis=0) for a in (mask, angles))
 
         graph, stacked = nnx.split(self.blocks)
+        x = constrain(x, "frames", ...)
 
         def block(x, params):
-            return nnx.merge(graph, params)(x, angles, mask), None
+            return constrain(nnx.merge(graph, params)(x, angles, mask), "frames", ...), None
 
         features, begin = [], 0
         for merger, last in zip(
@@ -140,7 +142,10 @@ class VisionTower(nnx.Module):
         if begin < self.config.depth:
             part = _layers(stacked, begin, self.config.depth)
             x, _ = jax.lax.scan(block, x, part)
-        joined = [rearrange(y, "(n f) v d -> n (f v) d", n=n) for y in (self.merger(x), *features)]
+        joined = [
+            constrain(rearrange(y, "(n f) v d -> n (f v) d", n=n), "rows", ..., "width")
+            for y in (self.merger(x), *features)
+        ]
         empty = jnp.zeros((0, *joined[0].shape), joined[0].dtype)
         return VisionFeatures(joined[0], jnp.stack(joined[1:]) if features else empty)
 

@@ -38,8 +38,8 @@ def load_pretrained(
     *,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
-    remat: bool = False,
     shardings: Any = None,
+    **options,
 ) -> Qwen3VL:
     """Reads a Qwen3-VL from a Hugging Face folder.
 
@@ -51,17 +51,17 @@ def load_pretrained(
       folder: with config.json and model.safetensors, or several files and their index.
       dtype: of the activations.
       param_dtype: of the parameters, whatever the files' dtype.
-      remat: recompute the decoder's layers in the backward pass.
       shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them in the structure
         of `nnx.state(model, nnx.Param)`, or a function from that state (of shapes) to the tree. The
         axis of stacked layers must not be split. By default the first device holds all.
+      **options: `remat` and `attention` of `Qwen3VL`.
 
     Raises:
       ConfigError: config.json is absent, broken, or of another architecture.
       WeightsError: a file or tensor is missing, cut short, unexpected, or of another shape.
     """
     folder = pathlib.Path(folder)
-    model = abstract(Qwen3VLConfig.load(folder), dtype, remat)
+    model = abstract(Qwen3VLConfig.load(folder), dtype, **options)
     graph, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
     if shardings is None:

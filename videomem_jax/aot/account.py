@@ -1,0 +1,176 @@
+"""Operations of the steps by hand, from the model's sizes: what the compiled program is held to.
+
+An operation is a multiplication or an addition of a matrix product; everything else is small beside
+them. The forward pass of a linear map takes 2 operations a parameter and token, its backward pass
+4: 2 for the gradient by the input, 2 for that by the weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from videomem_jax import grammar
+from videomem_jax import settings as cfg
+from videomem_jax.models.config import Qwen3VLConfig
+
+# Beside the memory's slots: its opening tag, its closing tag and the turn's end, less the token
+# that is kept to open the completions.
+_AROUND_MEMORY = 6
+
+
+class Operations(NamedTuple):
+    """Of one step over all chips.
+
+    model: what the method needs, nothing computed twice; products: what the program computes in
+    products that the compiler sees; kernels: what hand-written kernels compute, which it does not.
+    """
+
+    model: float
+    products: float
+    kernels: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers that the account is made of, for `rows` prompts with `each` completions.
+
+    prompt, completion: tokens, padding of both counted.
+    """
+
+    rows: int
+    each: int
+    prompt: int
+    completion: int
+
+    @property
+    def completed(self) -> int:
+        """Completion tokens in all."""
+        return self.rows * self.each * self.completion
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the decoder in prefill and update."""
+        return self.rows * self.prompt + self.completed
+
+
+def sizes(s: cfg.Settings, batch: int, paths: int, each: int) -> Sizes:
+    """Of one segment of a batch."""
+    prompt = s.prompt.prefix_tokens + s.memory.slots + _AROUND_MEMORY
+    return Sizes(
+        batch * paths, each, prompt, s.memory.slots + s.prompt.answer_tokens + grammar.TAGS
+    )
+
+
+class Account:
+    """The operations of a run's steps. `flash`: whether attention is left to a kernel."""
+
+    def __init__(self, s: cfg.Settings, config: Qwen3VLConfig, flash: bool):
+        self.settings, self.text, self.vision, self.flash = s, config.text, config.vision, flash
+        t = config.text
+        heads = (t.num_attention_heads + t.num_key_value_heads) * 2 * t.head_dim
+        # Of the decoder's linear maps a layer, and of the head.
+        self.linear = t.hidden_size * (heads + 3 * t.intermediate_size)
+        self.head = t.hidden_size * t.vocab_size
+        inputs = 5 * t.hidden_size + t.num_attention_heads * t.head_dim + t.intermediate_size
+        outputs = heads - t.num_attention_heads * t.head_dim
+        outputs += 2 * t.intermediate_size + 2 * t.hidden_size
+        self.adapter = s.model.lora_rank * (inputs + outputs)
+
+    def steps(self) -> dict[str, Operations]:
+        """By the names of `programs.steps`."""
+        s = self.settings
+        t, k = s.prompt.segments, s.paths
+        group = s.prpo.group_size // k
+        trained = 0 if s.model.lora_rank else 1
+        cold = sizes(s, s.coldstart.batch, 1, 1)
+        rl = sizes(s, s.prpo.batch, k, group)
+        read = sizes(s, s.eval.batch, 1, 1)
+        reference = s.prpo.kl_coef > 0
+        see = self._see
+        return {
+            "coldstart": _times(
+                t, self._learn(cold, trained, False), see(cold.rows, s.model.train_vision)
+            ),
+            "rollout": _times(t, self._sample(rl), see(s.prpo.batch)),
+            "update": _times(t, self._learn(rl, trained, reference)),
+            "evaluation": _times(t, self._sample(read), see(read.rows)),
+        }
+
+    def _see(self, clips: int, trained: bool = False) -> Operations:
+        """The vision tower over clips."""
+        v, p = self.vision, self.settings.prompt
+        patches = p.max_pixels // v.patch_size**2
+        frames = clips * p.frames // v.temporal_patch_size
+        merged, block = patches // v.spatial_merge_size**2, v.spatial_merge_size**2
+        layer = v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size)
+        joined = v.hidden_size * block
+        merger = joined * (joined + v.out_hidden_size)
+        mergers = 1 + len(v.deepstack_visual_indexes)
+        per_frame = 2 * patches * (v.depth * layer + v.patch_dim * v.hidden_size)
+        per_frame += 2 * merged * mergers * merger
+        per_frame += 4 * patches**2 * v.hidden_size * v.depth
+        once = frames * per_frame * (3 if trained else 1)
+        return Operations(once, once, 0.0)
+
+    def _attention(self, z: Sizes) -> tuple[float, float, float]:
+        """A forward pass of all layers: what is needed, what XLA's form computes, the kernel's."""
+        t = self.text
+        unit = 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers
+        needed = z.rows * z.prompt**2 / 2 + z.completed * (z.prompt + z.completion / 2)
+        whole = z.rows * z.prompt**2 + z.completed * (z.prompt + z.completion)
+        return unit * needed, 0.0 if self.flash else unit * whole, unit * needed * self.flash
+
+    def _sample(self, z: Sizes) -> Operations:
+        """Prefill, and as many decode steps as a completion has room for."""
+        t = self.text
+        layers = 2 * self.linear * t.num_hidden_layers
+        needed, _, _ = self._attention(z)
+        unit = 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers
+        prefill = z.rows * z.prompt**2 * unit
+        # A decode step looks at its whole cache, filled or not.
+        decode = z.completed * (z.prompt + z.completion) * unit
+        linear = layers * z.tokens + 2 * self.head * z.completed
+        kernels = prefill / 2 if self.flash else 0.0
+        adapters = 2 * self.adapter * t.num_hidden_layers * z.tokens
+        products = linear + adapters + decode + (0.0 if self.flash else prefill)
+        return Operations(linear + adapters + needed, products, kernels)
+
+    def _learn(self, z: Sizes, trained: int, reference: bool) -> Operations:
+        """Forward, backward, and forward again of what the backward pass does not find kept."""
+        t, remat = self.text, self.settings.model.remat
+        again = remat in ("all", "attention")
+        forward = 2 * self.linear * t.num_hidden_layers * z.tokens
+        # A layer's last product is nothing that its backward pass asks for.
+        last = t.hidden_size * t.intermediate_size / self.linear
+        head = 2 * self.head * z.completed
+        chunked = self.settings.model.chunk < z.completion
+        adapters = 2 * self.adapter * t.num_hidden_layers * z.tokens
+        needed, whole, kernel = self._attention(z)
+        passes = 2 + trained  # forward, by the input, and by the weights that are trained
+        model = (forward + head) * passes + 3 * adapters + 3 * needed
+        products = forward * (passes + again * (1 - last)) + head * (passes + chunked)
+        products += adapters * (3 + again) + whole * (3 + (remat != "none"))
+        # Of each product of the forward pass (2) the backward kernels make 7 in place of 4: both
+        # compute the weights again, and one of them their gradient.
+        kernels = kernel * (1 + 3.5 + (remat == "all"))
+        if reference:
+            model += forward + head + needed
+            products += forward + head + whole
+            kernels += kernel
+        return Operations(model, products, kernels)
+
+
+def decode_bytes(s: cfg.Settings, config: Qwen3VLConfig, rows: int, each: int) -> float:
+    """Bytes of one decode step over all chips if every one is read once: weights and cache."""
+    t, size = config.text, {"float32": 4, "bfloat16": 2}[s.model.dtype]
+    account = Account(s, config, flash=True)
+    weights = account.linear * t.num_hidden_layers + account.head
+    z = sizes(s, rows, 1, each)
+    token = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim
+    cache = token * (z.rows * z.prompt + z.completed)
+    return size * (weights + cache)
+
+
+def _times(count: int, *parts: Operations) -> Operations:
+    return Operations(*(count * sum(values) for values in zip(*parts, strict=True)))
