@@ -1,6 +1,8 @@
 # make demo   the main job: data from a real film, cold start, PRPO, evaluation, report
 # make test   all tests
 # make base   trains the demo's base model anew (its weights are shipped)
+# make aot    compiles the large configurations for TPU slices and GPU nodes, which need not be here,
+#             and says whether they fit and what a step costs (make aot-tpu, make aot-gpu: one kind)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,7 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 ARGS ?=
 
-.PHONY: demo test lint base clean
+.PHONY: demo test lint base clean aot aot-tpu aot-gpu aot-chip
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
@@ -24,6 +26,37 @@ lint: $(VENV)/installed-dev
 base: $(VENV)/installed
 	$(RUN) -m videomem_jax.pretrain --out=videomem_jax/assets/tiny_base
 
+# CONFIG@TARGET, the table of what must fit.
+AOT_CHIP := prpo_colab.py@v5e:1x1
+AOT_TPU := $(AOT_CHIP) prpo_colab.py@v6e:1x1 \
+	prpo_tpu.py@v5p:2x2x4 prpo_tpu.py@v6e:4x8 prpo_tpu.py@v5e:8x16 \
+	coldstart_tpu.py@v5p:2x2x4 coldstart_tpu.py@v6e:4x8 coldstart_tpu.py@v5e:8x16
+AOT_GPU := prpo_gpu.py@h100:8 prpo_gpu.py:lora@h100:1
+# All lines are compiled, whether or not one does not fit.
+compile = failed=0; for line in $(1); do config=$${line%@*}; \
+	$(VENV)-$(2)/bin/python train.py --config=configs/$$config \
+	--workdir=runs/aot/$$(echo $$config | tr : -) --aot=$${line\#*@} $(ARGS) || failed=1; \
+	done; exit $$failed
+
+aot: aot-tpu aot-gpu
+
+aot-tpu: $(VENV)-tpu/installed
+	$(call compile,$(AOT_TPU),tpu)
+
+aot-gpu: $(VENV)-gpu/installed
+	$(call compile,$(AOT_GPU),gpu)
+
+aot-chip: $(VENV)-tpu/installed
+	$(call compile,$(AOT_CHIP),tpu)
+
+# Beside the main environment, whose packages it sees: there the compilers would be in the way.
+$(VENV)-%/installed: requirements-%.txt $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-$*
+	where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(RUN) -c "$$where" > $$($(VENV)-$*/bin/python -c "$$where")/main.pth
+	$(VENV)-$*/bin/python -m pip install --quiet -r requirements-$*.txt
+	touch $@
+
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "videomem_jax needs Python 3.11 or newer: set PYTHON=python3.12, for instance")'
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +69,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-gpu runs

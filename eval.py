@@ -6,9 +6,11 @@ Leaves WORKDIR/eval/*.jsonl (every memory and answer), WORKDIR/summary.json and
 WORKDIR/report.html, and prints a table.
 """
 
+import functools
 import json
 import time
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -23,6 +25,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
     began = time.perf_counter()
     s = settings.freeze(config)
     run.check_hardware(s)
+    s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, eval__batch=s.eval.batch)
     run.check_weights(s)
@@ -35,7 +38,8 @@ def evaluate_run(config, workdir_flag: str) -> None:
 
     models = {"base": None, "coldstart": workdir / "coldstart_model", "prpo": workdir / "model"}
     models = {k: v for k, v in models.items() if v is None or (v / "config.json").exists()}
-    loaded = {name: run.load(s, folder) for name, folder in models.items()}
+    shards = functools.partial(sharding.parameter_shardings, mesh)
+    loaded = {name: run.load(s, folder, shardings=shards) for name, folder in models.items()}
     base, best = loaded["base"], list(loaded)[-1]
     evaluator = evaluate.Evaluator(base.model, base.form, mesh)
     # The base was never taught the format: it is held to it, the trained models are not.

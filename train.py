@@ -136,6 +136,7 @@ def train(config, workdir_flag: str) -> None:
     began = time.perf_counter()
     s = settings.freeze(config)
     run.check_hardware(s)
+    s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
     sharding.check_batch(mesh, coldstart__batch=s.coldstart.batch, prpo__batch=s.prpo.batch)
     run.check_weights(s)

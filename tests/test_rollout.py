@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from videomem_jax import grammar as fmt
 from videomem_jax import memory, rollout
@@ -72,6 +73,36 @@ def test_scores_are_those_of_sampling(drawn, kind):
     # Where one token is forced there is nothing to choose.
     if kind == "forced":
         assert (out.logprobs[:, :, 0] == 0).all() and (out.entropy[:, :, 0] == 0).all()
+
+
+def test_scores_a_few_positions_at_a_time(tiny, form_of, opening, drawn):
+    """Values and gradients, the last part being filled up."""
+    form, (batch, before) = form_of("free", SLOTS), opening
+    tokens, mask = (a[:, :4] for a in drawn("loose")[0][:2])
+
+    def run(model, chunk):
+        graph, params = nnx.split(model)
+
+        def total(params):
+            model = nnx.merge(graph, params)
+            context = read(model, form, batch, before)
+            scores = rollout.score(
+                *(model, form.grammar, context, batch.choices, tokens, mask),
+                temperature=TEMPERATURE,
+                chunk=chunk,
+            )
+            weighted = [jnp.sum(a * jnp.cos(jnp.arange(a.size)).reshape(a.shape)) for a in scores]
+            return sum(weighted), scores
+
+        return jax.grad(total, has_aux=True)(params)
+
+    whole, parts = (
+        jax.tree.map(np.asarray, tiny.run(functools.partial(run, chunk=chunk)))
+        for chunk in (None, 5)
+    )
+    assert SIZE % 5 and np.abs(whole[1][0]).max() > 0.1
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
 def test_answers_from_memory(draw, drawn, form_of):

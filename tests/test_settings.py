@@ -49,9 +49,9 @@ def said(config) -> str:
         ("prompt.prefix_tokens", 0, "at least 1"),
         ("memory.slots", 0, "at least 1"),
         ("coldstart.batch", 0, "at least 1"),
-        ("coldstart.accumulate", 0, "at least 1"),
+        ("coldstart.accumulate", -1, "0 or more"),
         ("prpo.batch", -4, "at least 1"),
-        ("prpo.accumulate", 0, "at least 1"),
+        ("prpo.accumulate", -1, "0 or more"),
         ("prpo.updates_per_rollout", 0, "at least 1"),
         ("eval.batch", 0, "at least 1"),
         ("eval.long_segments", 0, "at least 1"),
@@ -204,3 +204,31 @@ def test_every_key_is_explained():
             if isinstance(field, ast.AnnAssign) and field.annotation.id not in classes:
                 line = lines[field.lineno - 1]
                 assert re.search(r"  # \S", line), f"{node.name}.{field.target.id} has no comment"
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh", "accumulate"),
+    [
+        (1, (1, 1, 1), 64),
+        (8, (1, 8, 1), 8),
+        (16, (1, 16, 1), 4),
+        (32, (1, 16, 2), 4),
+        (128, (1, 16, 8), 4),
+    ],
+)
+def test_mesh_and_micro_batches_follow_the_devices(devices, mesh, accumulate):
+    """16 examples of 4 segments: one prompt a device at a time."""
+    s = settings.Settings(
+        mesh=settings.Mesh(fsdp=0, tensor=0),
+        prpo=settings.PRPO(batch=16, accumulate=0),
+        coldstart=settings.Coldstart(batch=32, accumulate=3),
+    )
+    got = settings.for_devices(s, devices)
+    assert dataclasses.astuple(got.mesh) == mesh
+    assert got.prpo.accumulate == accumulate
+    assert got.coldstart.accumulate == 3  # what is said stays
+
+
+def test_a_mesh_that_is_said_stays():
+    s = settings.Settings(mesh=settings.Mesh(data=2, fsdp=2, tensor=-1))
+    assert settings.for_devices(s, 8).mesh == s.mesh

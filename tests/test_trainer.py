@@ -45,6 +45,8 @@ def with_prpo(**changes) -> cfg.Settings:
 
 
 GRPO = with_prpo(psp=False, tcr=False)
+ADAPTED = cfg.Model(lora_rank=2, lora_alpha=4.0, chunk=3)
+LORA, LORA_GRPO = (dataclasses.replace(s, model=ADAPTED) for s in (BASE, GRPO))
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +171,14 @@ def read(tokenizer, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "settings"),
-    [(EIGHT, BASE), (MIXED, BASE), (MIXED, GRPO)],
-    ids=["prpo-data8", "prpo-data2_fsdp2_tensor2", "grpo-data2_fsdp2_tensor2"],
+    [(EIGHT, BASE), (MIXED, BASE), (MIXED, GRPO), (MIXED, LORA), (MIXED, LORA_GRPO)],
+    ids=[
+        "prpo-data8",
+        "prpo-data2_fsdp2_tensor2",
+        "grpo-data2_fsdp2_tensor2",
+        "prpo-lora-data2_fsdp2_tensor2",
+        "grpo-lora-data2_fsdp2_tensor2",
+    ],
 )
 def test_a_step_on_eight_devices_is_the_step_on_one(trainer_of, batch, mesh, settings):
     got = {}
@@ -190,10 +198,11 @@ def test_a_step_on_eight_devices_is_the_step_on_one(trainer_of, batch, mesh, set
 
 
 @pytest.mark.slow
-def test_a_supervised_step_on_eight_devices_is_the_step_on_one(trainer_of, batch):
+@pytest.mark.parametrize("settings", [COLD, LORA], ids=["weights", "lora"])
+def test_a_supervised_step_on_eight_devices_is_the_step_on_one(trainer_of, batch, settings):
     got = []
     for sizes in (ONE, MIXED):
-        trainer = trainer_of(sizes, "coldstart", COLD)
+        trainer = trainer_of(sizes, "coldstart", settings)
         state, said = fresh(trainer), []
         for _ in range(2):
             state, values = trainer.supervised_step(state, trainer.frozen, batch)
@@ -413,6 +422,27 @@ def test_the_vision_tower_is_trained_on_request(trainer_of, batch, tiny):
         assert (np.asarray(leaf) != np.asarray(first)).any(), jax.tree_util.keystr(path)
     # PRPO reuses the features of the rollout: the tower stays as it is.
     assert "visual" not in trainer_of(settings=COLD).first.trained
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_in_place_of_the_weights(trainer_of, rolled, tiny):
+    """From nothing, they and nothing else; the reference is the model without them."""
+    settings = dataclasses.replace(with_prpo(kl_coef=0.5), model=ADAPTED)
+    trainer = trainer_of(settings=settings)
+    assert trainer.reference is None
+    names = {path[-2].key for path, _ in jax.tree_util.tree_flatten_with_path(trainer.first[0])[0]}
+    assert names == {"lora_a", "lora_b"}
+    assert_same(nnx.state(trainer.model(trainer.first)), tiny.state)
+    state, said = update(trainer, rolled[0], times=3)
+    assert said[0]["logprob_gap"] <= 1e-4 and abs(said[0]["kl"]) < 1e-6 < said[2]["kl"]
+    up = lambda s: s["language_model"]["layers"]["mlp"]["up_proj"]  # noqa: E731
+    adapter, base = host(up(state.trained)), host(up(tiny.state))["kernel"][...]
+    added = 2 * np.einsum("lir,lro->lio", adapter["lora_a"][...], adapter["lora_b"][...])
+    assert np.abs(added).max() > 1e-3
+    merged = nnx.state(trainer.model(state))
+    np.testing.assert_allclose(up(merged)["kernel"][...], base + added, atol=1e-6)
+    assert jax.tree.structure(merged) == jax.tree.structure(tiny.state)
+    assert_same(merged["visual"], tiny.state["visual"])
 
 
 def scrambled(batch, unreal):

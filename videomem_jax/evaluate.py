@@ -34,7 +34,7 @@ class Evaluator:
         self._graph, _ = nnx.split(model)
         self._form, self._mesh, self._dtype = form, mesh, model.dtype
         shard = sharding.batch_sharding(mesh)
-        self.read = jax.jit(self._read, in_shardings=(None, None, shard))
+        self.read = jax.jit(sharding.laid_out(mesh, self._read), in_shardings=(None, None, shard))
 
     def place(self, model: Qwen3VL) -> nnx.State:
         """A model's parameters on the mesh, as `read` takes them."""
@@ -45,9 +45,8 @@ class Evaluator:
         params = kernels_in(params, self._dtype)
         model, form = nnx.merge(self._graph, params), self._form._replace(grammar=grammar)
         sampling = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
-        with sharding.on(self._mesh):
-            features = mem.see(model, batch.clip)
-            steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling)
+        features = mem.see(model, batch.clip)
+        steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling)
         return jax.tree.map(lambda a: a[:, :, 0], steps.parsed)
 
 

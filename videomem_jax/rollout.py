@@ -20,7 +20,7 @@ from videomem_jax.models.layers import MASKED
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
 from videomem_jax.prompt import Prompt
-from videomem_jax.sharding import constrain, decoding, parts
+from videomem_jax.sharding import constrain, decoding, parts, rows_of_logits
 
 
 class Completions(NamedTuple):
@@ -271,7 +271,8 @@ def score(
 
 def _permitted_log_softmax(model, grammar, hidden, state, choices, temperature):
     """The distribution of the next token, [..., vocab], split over devices by vocabulary."""
-    allowed = constrain(fmt.permitted(grammar, state, choices), "group", ..., "vocab")
+    allowed = fmt.permitted(grammar, state, choices)
+    allowed = constrain(allowed, rows_of_logits(allowed.shape[-1]), ..., "vocab")
     return log_softmax(model.logits(hidden), allowed, temperature)
 
 

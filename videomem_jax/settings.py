@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import typing
@@ -110,7 +111,7 @@ class Coldstart:
 
     steps: int = 800  # 0 leaves this phase out
     batch: int = 32  # examples; each gives one sequence a segment
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0: a prompt a device at a time
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 
@@ -120,7 +121,7 @@ class PRPO:
 
     steps: int = 1000  # rollouts; 0 leaves this phase out
     batch: int = 16  # examples a rollout
-    accumulate: int = 4  # micro-batches an update
+    accumulate: int = 4  # micro-batches an update; 0: a prompt a device at a time
     group_size: int = 8  # completions an example and step (G)
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
@@ -154,7 +155,11 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices on each axis; -1 on one of them takes what is left."""
+    """Devices on each axis; -1 on one of them takes what is left.
+
+    With fsdp and tensor 0 they are chosen: as many parts of the batch as divide it, and `tensor`
+    takes what is left.
+    """
 
     data: int = -1  # splits the batch
     fsdp: int = 1  # splits the batch and the parameters
@@ -207,6 +212,31 @@ def freeze(config: config_dict.ConfigDict) -> Settings:
     settings = _build(Settings, config, "config")
     _check(settings)
     return settings
+
+
+def for_devices(settings: Settings, count: int) -> Settings:
+    """The settings with what they leave to the number of devices chosen for it.
+
+    Args:
+      settings: with `mesh.fsdp=0` and `mesh.tensor=0`, or an `accumulate` of 0.
+      count: of devices.
+    """
+    s, mesh = settings, settings.mesh
+    if mesh.fsdp == mesh.tensor == 0:
+        data = max(mesh.data, 1)
+        batch = math.gcd(s.coldstart.batch, s.prpo.batch, s.eval.batch)
+        fsdp = math.gcd(count // data, batch // math.gcd(batch, data))
+        mesh = Mesh(data, fsdp, max(count // (data * fsdp), 1))
+    # Parts of the batch; a mesh that does not fit is `sharding.make_mesh`'s to refuse.
+    rows = count // mesh.tensor if mesh.tensor > 0 else max(mesh.data, 1) * max(mesh.fsdp, 1)
+
+    def accumulate(part):
+        whole = s.prompt.segments * max(part.batch // max(rows, 1), 1)
+        return dataclasses.replace(part, accumulate=part.accumulate or whole)
+
+    return dataclasses.replace(
+        s, mesh=mesh, coldstart=accumulate(s.coldstart), prpo=accumulate(s.prpo)
+    )
 
 
 def save_sizes(settings: Settings, folder: str | os.PathLike) -> None:
@@ -310,9 +340,7 @@ def _check(s: Settings) -> None:
         ("prompt.options", s.prompt.options),
         ("memory.slots", s.memory.slots),
         ("coldstart.batch", s.coldstart.batch),
-        ("coldstart.accumulate", s.coldstart.accumulate),
         ("prpo.batch", s.prpo.batch),
-        ("prpo.accumulate", s.prpo.accumulate),
         ("prpo.updates_per_rollout", s.prpo.updates_per_rollout),
         ("model.chunk", s.model.chunk),
         ("eval.batch", s.eval.batch),
@@ -328,6 +356,8 @@ def _check(s: Settings) -> None:
         ("prpo.steps", s.prpo.steps),
         ("data.workers", s.data.workers),
         ("eval.limit", s.eval.limit),
+        ("coldstart.accumulate", s.coldstart.accumulate),
+        ("prpo.accumulate", s.prpo.accumulate),
     ):
         need(value >= 0, key, value, "0 or more")
     f = s.prompt.frames
@@ -354,6 +384,6 @@ def _check(s: Settings) -> None:
         ("prpo", s.prpo.batch, s.prpo.accumulate),
     ):
         t = s.prompt.segments
-        fits = t % parts == 0 or (parts % t == 0 and batch % (parts // t) == 0)
+        fits = parts == 0 or t % parts == 0 or (parts % t == 0 and batch % (parts // t) == 0)
         what = f"a divisor of segments={t}, or {t} times a divisor of batch={batch}"
         need(fits, f"{phase}.accumulate", parts, what)

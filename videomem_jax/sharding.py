@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -78,6 +78,17 @@ def on(mesh: Mesh) -> Iterator[None]:
         _layout.reset(token)
 
 
+def laid_out(mesh: Mesh, step: Callable) -> Callable:
+    """A function to be jitted, its activations laid out on the mesh."""
+
+    @functools.wraps(step)
+    def run(*args):
+        with on(mesh):
+            return step(*args)
+
+    return run
+
+
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
     """In this block, activations are laid out for few tokens: weights stay, activations move."""
@@ -106,6 +117,15 @@ def parts(name: str) -> int:
     """Into how many parts an activation's axis of this name is cut, if it divides."""
     now = _layout.get()
     return 1 if now is None else math.prod(now.mesh.shape[axis] for axis in now.axes[name])
+
+
+def rows_of_logits(vocab: int) -> str:
+    """The name of the examples' axis beside the vocabulary.
+
+    Where the vocabulary divides over all devices, each computes its part of it for all examples;
+    else each computes all of it for its own.
+    """
+    return "group" if vocab % parts("vocab") == 0 else "rows"
 
 
 def spec(shape: tuple[int, ...], *names) -> P:
@@ -181,13 +201,16 @@ def _fitting(mesh: Mesh, size: int, axes: tuple[str, ...]) -> tuple[str, ...] | 
     return axes or None
 
 
-def place(tree, shardings):
-    """Puts arrays there; where a tree has shapes in place of arrays, they are told where to be."""
+def place(tree, shardings, may_alias: bool | None = None):
+    """Puts arrays there; where a tree has shapes in place of arrays, they are told where to be.
+
+    With `may_alias=False` what is put there shares no buffer with what was given.
+    """
 
     def one(leaf, sharding):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
+        return jax.device_put(leaf, sharding, may_alias=may_alias)
 
     return jax.tree.map(one, tree, shardings)
 

@@ -7,7 +7,6 @@ once a batch and reused by the update.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -111,22 +110,28 @@ class Trainer:
         self.first = self._state(self._placed(first))
         self.reference = None
         if phase == "prpo" and settings.prpo.kl_coef > 0 and not self._adapted:
-            self.reference = _copied(self.first.trained)
+            where = sharding.parameter_shardings(mesh, first)
+            self.reference = sharding.place(self.first.trained, where, may_alias=False)
         shard = sharding.batch_sharding(mesh)
         same = sharding.replicated(mesh)
         self._shardings = jax.tree.map(lambda a: a.sharding, self.first)
         self.supervised_step = jax.jit(
-            self._on_mesh(self._supervised),
+            sharding.laid_out(mesh, self._supervised),
             in_shardings=(self._shardings, None, shard),
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
+        by_row, deep = sharding.on_axis(mesh, 1), sharding.on_axis(mesh, 2)
+        rows = Rows(*[by_row] * len(Rows._fields))
+        rows = rows._replace(features=VisionFeatures(by_row, deep))
         self.rollout_step = jax.jit(
-            self._on_mesh(self._rollout), in_shardings=(None, None, shard, same, same)
+            sharding.laid_out(mesh, self._rollout),
+            in_shardings=(None, None, shard, same, same),
+            out_shardings=(rows, same),
         )
         self.update_step = jax.jit(
-            self._on_mesh(self._update),
-            in_shardings=(self._shardings, None, None, None),
+            sharding.laid_out(mesh, self._update),
+            in_shardings=(self._shardings, None, None, rows),
             out_shardings=(self._shardings, same),
             donate_argnums=0,
         )
@@ -160,21 +165,9 @@ class Trainer:
             opt = jax.jit(self._transform.init, out_shardings=places)(trained)
         return TrainState(trained, opt, sharding.place(step, same))
 
-    def _on_mesh(self, step):
-        """A step whose activations are laid out on the trainer's mesh."""
-
-        @functools.wraps(step)
-        def run(*args):
-            with sharding.on(self.mesh):
-                return step(*args)
-
-        return run
-
     def _merge(self, trained, frozen) -> Qwen3VL:
-        """The model, its kernels in the dtype of the activations: so they are gathered and read."""
-        dtype = self.settings.model.dtype
-        cast = functools.partial(kernels_in, dtype=jnp.dtype(dtype))
-        return nnx.merge(self._graph, cast(trained), cast(frozen))
+        dtype = jnp.dtype(self.settings.model.dtype)  # in which kernels are gathered and read
+        return nnx.merge(self._graph, kernels_in(trained, dtype), kernels_in(frozen, dtype))
 
     def _step(self, state: TrainState, grads) -> tuple[TrainState, Float[Array, ""]]:
         updates, opt = self._transform.update(grads, state.opt, state.trained)
@@ -356,12 +349,6 @@ class Trainer:
         nll, grads = accumulate(loss, state.trained, parts)
         new, norm = self._step(state, grads)
         return new, {"loss": nll.sum(), "grad_norm": norm}
-
-
-def _copied(tree):
-    """A copy in buffers of its own; of shapes there is none to make."""
-    is_shape = lambda a: isinstance(a, jax.ShapeDtypeStruct)  # noqa: E731
-    return jax.tree.map(lambda a: a if is_shape(a) else jnp.copy(a), tree)
 
 
 def micro_batches(tree: Any, parts: int):

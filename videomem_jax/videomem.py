@@ -179,7 +179,9 @@ class VideoMem:
         self._grammars: dict[tuple[int, bool], fmt.Grammar] = {}
         # The memory comes out as it goes in: one compile for the first segment and all others.
         self._everywhere = sharding.replicated(mesh)
-        self._step = jax.jit(self._read_segment, out_shardings=self._everywhere)
+        self._step = jax.jit(
+            sharding.laid_out(mesh, self._read_segment), out_shardings=self._everywhere
+        )
 
     @classmethod
     def from_pretrained(

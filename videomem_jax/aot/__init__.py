@@ -16,7 +16,7 @@ import jax
 
 from videomem_jax import settings as cfg
 from videomem_jax import sharding
-from videomem_jax.aot import account, chips, hlo, programs, report
+from videomem_jax.aot import account, chips, costs, programs, report
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
 
 
@@ -40,6 +40,7 @@ def check(
       DoesNotFit: once the table is printed and saved.
     """
     target = chips.parse(text)
+    s = cfg.for_devices(s, target.count)
     mesh = sharding.make_mesh(s.mesh, chips.devices(target))
     batches = {"coldstart__batch": s.coldstart.batch, "prpo__batch": s.prpo.batch}
     sharding.check_batch(mesh, eval__batch=s.eval.batch, **batches)
@@ -82,7 +83,12 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _failed(step.name, time.perf_counter() - began, error)
+        model, products, kernels = (x / target.count for x in hand)
+        return report.Measured(
+            *(step.name, time.perf_counter() - began, None, None, None, None),
+            *(model, products + kernels, None, None, {}, {}),
+            failure=_reason(error),
+        )
     took = time.perf_counter() - began
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -93,7 +99,7 @@ def measure(
     )
     if target.chip.kind == "gpu":  # its products are calls to libraries: operations by hand
         return made
-    program = hlo.Program(compiled.as_text(), _completion(s))
+    program = costs.Program(compiled.as_text(), _completion(s))
     cost, decode = program.cost, program.loop_cost
     made.by_hand = products / cost.products
     made.operations = cost.products + kernels
@@ -133,13 +139,8 @@ def _roofline(operations: float, read: float, sent: float, chip: chips.Chip) -> 
     }
 
 
-def _failed(name: str, took: float, error: Exception) -> report.Measured:
-    """A step that the compiler itself found too large."""
-    lines = [
-        line.strip() for line in str(error).splitlines() if "Used" in line or "xceeded" in line
-    ]
-    why = lines[0].rstrip(".") if lines else "the compiler ran out of the chip's memory"
-    nan = float("nan")
-    return report.Measured(
-        name, took, nan, nan, nan, nan, nan, nan, None, None, {}, {}, failure=why
-    )
+def _reason(error: Exception) -> str:
+    """Why the compiler itself found a step too large."""
+    said = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in said if "Used" in line or "xceeded" in line]
+    return lines[0].rstrip(".") if lines else "the compiler ran out of the chip's memory"

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from videomem_jax import grammar
 from videomem_jax import settings as cfg
+from videomem_jax.models.attention import computed_pairs
 from videomem_jax.models.config import Qwen3VLConfig
 
 # Beside the memory's slots: its opening tag, its closing tag and the turn's end, less the token
 # that is kept to open the completions.
-_AROUND_MEMORY = 6
+AROUND_MEMORY = 6
 
 
 class Operations(NamedTuple):
@@ -56,14 +57,14 @@ class Sizes:
 
 def sizes(s: cfg.Settings, batch: int, paths: int, each: int) -> Sizes:
     """Of one segment of a batch."""
-    prompt = s.prompt.prefix_tokens + s.memory.slots + _AROUND_MEMORY
+    prompt = s.prompt.prefix_tokens + s.memory.slots + AROUND_MEMORY
     return Sizes(
         batch * paths, each, prompt, s.memory.slots + s.prompt.answer_tokens + grammar.TAGS
     )
 
 
 class Account:
-    """The operations of a run's steps. `flash`: whether attention is left to a kernel."""
+    """The operations of a run's steps. `flash`: whether attention is left to the TPU kernel."""
 
     def __init__(self, s: cfg.Settings, config: Qwen3VLConfig, flash: bool):
         self.settings, self.text, self.vision, self.flash = s, config.text, config.vision, flash
@@ -82,7 +83,7 @@ class Account:
         s = self.settings
         t, k = s.prompt.segments, s.paths
         group = s.prpo.group_size // k
-        trained = 0 if s.model.lora_rank else 1
+        trained = s.model.lora_rank == 0
         cold = sizes(s, s.coldstart.batch, 1, 1)
         rl = sizes(s, s.prpo.batch, k, group)
         read = sizes(s, s.eval.batch, 1, 1)
@@ -90,11 +91,11 @@ class Account:
         see = self._see
         return {
             "coldstart": _times(
-                t, self._learn(cold, trained, False), see(cold.rows, s.model.train_vision)
+                t, self.learning(cold, trained, False), see(cold.rows, s.model.train_vision)
             ),
-            "rollout": _times(t, self._sample(rl), see(s.prpo.batch)),
-            "update": _times(t, self._learn(rl, trained, reference)),
-            "evaluation": _times(t, self._sample(read), see(read.rows)),
+            "rollout": _times(t, self.sampling(rl), see(s.prpo.batch)),
+            "update": _times(t, self.learning(rl, trained, reference)),
+            "evaluation": _times(t, self.sampling(read), see(read.rows)),
         }
 
     def _see(self, clips: int, trained: bool = False) -> Operations:
@@ -115,28 +116,36 @@ class Account:
 
     def _attention(self, z: Sizes) -> tuple[float, float, float]:
         """A forward pass of all layers: what is needed, what XLA's form computes, the kernel's."""
-        t = self.text
-        unit = 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers
-        needed = z.rows * z.prompt**2 / 2 + z.completed * (z.prompt + z.completion / 2)
-        whole = z.rows * z.prompt**2 + z.completed * (z.prompt + z.completion)
-        return unit * needed, 0.0 if self.flash else unit * whole, unit * needed * self.flash
+        unit, p, c = self._pair, z.prompt, z.completion
+        needed = z.rows * p**2 / 2 + z.completed * (p + c / 2)
+        whole = z.rows * p**2 + z.completed * (p + c)
+        if not self.flash:
+            return unit * needed, unit * whole, 0.0
+        blocks = z.rows * (computed_pairs(1, p, 0) + computed_pairs(z.each, c, p))
+        return unit * needed, 0.0, unit * blocks
 
-    def _sample(self, z: Sizes) -> Operations:
+    @property
+    def _pair(self) -> int:
+        """Operations of a query and a key in all layers: their product, and the value's share."""
+        t = self.text
+        return 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers
+
+    def sampling(self, z: Sizes) -> Operations:
         """Prefill, and as many decode steps as a completion has room for."""
         t = self.text
         layers = 2 * self.linear * t.num_hidden_layers
         needed, _, _ = self._attention(z)
-        unit = 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers
-        prefill = z.rows * z.prompt**2 * unit
         # A decode step looks at its whole cache, filled or not.
-        decode = z.completed * (z.prompt + z.completion) * unit
+        decode = z.completed * (z.prompt + z.completion) * self._pair
+        prefill, kernels = z.rows * z.prompt**2 * self._pair, 0.0
+        if self.flash:
+            prefill, kernels = 0.0, z.rows * computed_pairs(1, z.prompt, 0) * self._pair
         linear = layers * z.tokens + 2 * self.head * z.completed
-        kernels = prefill / 2 if self.flash else 0.0
         adapters = 2 * self.adapter * t.num_hidden_layers * z.tokens
-        products = linear + adapters + decode + (0.0 if self.flash else prefill)
+        products = linear + adapters + decode + prefill
         return Operations(linear + adapters + needed, products, kernels)
 
-    def _learn(self, z: Sizes, trained: int, reference: bool) -> Operations:
+    def learning(self, z: Sizes, trained: bool, reference: bool) -> Operations:
         """Forward, backward, and forward again of what the backward pass does not find kept."""
         t, remat = self.text, self.settings.model.remat
         again = remat in ("all", "attention")

@@ -116,7 +116,7 @@ def devices(target: Target) -> list[jax.Device]:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"--aot={target} needs the {target.chip.kind.upper()} compiler, and {package} is not "
-            f"installed: pip install -r requirements-aot-{target.chip.kind}.txt"
+            f"installed: pip install -r requirements-{target.chip.kind}.txt"
         )
     try:
         return _described(target)

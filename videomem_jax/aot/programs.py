@@ -82,7 +82,7 @@ def steps(s: cfg.Settings, config: Qwen3VLConfig, mesh: Mesh) -> Iterator[Step]:
 
         def update():
             rows = jax.eval_shape(t.rollout_step, *args)[0]
-            return t.update_step.lower(t.first, t.frozen, t.reference, placed_rows(mesh, rows))
+            return t.update_step.lower(t.first, t.frozen, t.reference, rows)
 
         yield Step("update", update)
 
@@ -92,16 +92,6 @@ def steps(s: cfg.Settings, config: Qwen3VLConfig, mesh: Mesh) -> Iterator[Step]:
         return evaluator.read.lower(params, form.grammar, told(s.eval.batch))
 
     yield Step("evaluation", evaluation)
-
-
-def placed_rows(mesh: Mesh, rows):
-    """The rollout's completions where the rollout leaves them: rows over data and fsdp."""
-
-    def one(path, a):
-        axis = 2 if "deepstack" in jax.tree_util.keystr(path) else 1
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.on_axis(mesh, axis))
-
-    return jax.tree_util.tree_map_with_path(one, rows)
 
 
 def batch(s: cfg.Settings, config: Qwen3VLConfig, b: int) -> Batch:

@@ -25,10 +25,10 @@ class Measured:
 
     step: str
     compile_seconds: float
-    arguments: float
-    temporaries: float
-    outputs: float
-    total: float
+    arguments: float | None
+    temporaries: float | None
+    outputs: float | None
+    total: float | None
     model_operations: float
     operations: float
     by_hand: float | None

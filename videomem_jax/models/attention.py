@@ -6,6 +6,7 @@ key. The kernels hold none, and pass over the blocks in which nothing is seen.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -134,7 +135,8 @@ def _block(size: int) -> int:
 def _splash_kernel(heads: int, r: int, s: int, p: int, interpret: bool):
     rows, columns = r * s, p + r * s
     block_q, block_kv = _block(rows), _block(columns)
-    pattern = splash_mask.NumpyMask(_pattern(r, s, p, -(-rows // block_q) * block_q, block_kv))
+    whole = lambda size, block: -(-size // block) * block  # noqa: E731
+    pattern = _Pattern(r, s, p, whole(rows, block_q), whole(columns, block_kv))
     # Built from constants: what is being traced has nothing to do with it.
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
@@ -156,16 +158,44 @@ def _splash_kernel(heads: int, r: int, s: int, p: int, interpret: bool):
         )
 
 
-def _pattern(r: int, s: int, p: int, rows: int, block: int) -> np.ndarray:
-    """[rows, columns]: the prompt, and what came before in a query's own sequence."""
-    columns = -(-(p + r * s) // block) * block
-    row, column = np.arange(rows)[:, None], np.arange(columns)[None] - p
-    own = (column >= 0) & (column <= row) & (column // s == row // s) & (column < r * s)
-    # The rows that only fill a block up see something too, so that none is empty.
-    return own | (column < 0) | ((row >= r * s) & (column == 0))
+def computed_pairs(r: int, s: int, p: int) -> int:
+    """Pairs of query and key that the TPU kernel computes of a row: its blocks, whole."""
+    blocks = np.asarray(_splash_kernel(1, r, s, p, False).fwd_mask_info.block_mask)
+    return int((blocks > 0).sum()) * _block(r * s) * _block(p + r * s)
 
 
-def _cudnn(q, k, v, mask, context, context_mask):
+@dataclasses.dataclass(frozen=True)
+class _Pattern(splash_mask.Mask):
+    """[rows, columns]: the prompt (p), and what came before in a query's own of r sequences.
+
+    Made block by block when asked: as a whole it would be larger than what the kernel reads.
+    """
+
+    r: int
+    s: int
+    p: int
+    rows: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+        row, column = (np.arange(x.start, x.stop) for x in at)
+        column = column - self.p
+        if column[-1] < 0:
+            return np.ones((len(row), len(column)), bool)
+        end = self.r * self.s
+        if row[-1] < end and (column[0] > row[-1] or column[0] >= end):
+            return np.zeros((len(row), len(column)), bool)
+        same = (column // self.s) == (row // self.s)[:, None]
+        own = same & (column <= row[:, None]) & (column >= 0) & (column < end)
+        # The rows that only fill a block up see something too, so that none is empty.
+        return own | (column < 0) | ((row >= end)[:, None] & (column == 0))
+
+
+def _cudnn(q, k, v, mask, context, context_mask, *, implementation="cudnn"):
     """cuDNN's kernel: each sequence with a copy of the prompt before it."""
     n, r, s, _, h = q.shape
     seen = mask[:, :, None, :] & jnp.tril(jnp.ones((s, s), bool))
@@ -179,7 +209,7 @@ def _cudnn(q, k, v, mask, context, context_mask):
     rows = lambda a: _even(rearrange(a, "n r s m h -> (n r) s m h"), 1)  # noqa: E731
     seen = _even(_even(rearrange(seen, "n r s c -> (n r) 1 s c"), 2), 3)
     out = jax.nn.dot_product_attention(
-        rows(q), rows(k), rows(v), mask=seen, scale=h**-0.5, implementation="cudnn"
+        rows(q), rows(k), rows(v), mask=seen, scale=h**-0.5, implementation=implementation
     )
     out = checkpoint_name(out, KEPT)
     return rearrange(out[:, :s], "(n r) s m h -> n r s m h", r=r)

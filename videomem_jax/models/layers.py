@@ -28,7 +28,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32)) if bias else None
         self.split = split
-        self.lora_a = self.lora_b = None
+        self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:

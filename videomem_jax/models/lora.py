@@ -48,7 +48,7 @@ def merge(model: Qwen3VL) -> Qwen3VL:
         kernel, a, b = (p[...] for p in (linear.kernel, linear.lora_a, linear.lora_b))
         change = jnp.einsum("...ir,...ro->...io", a, b) * linear.lora_scale
         linear.kernel[...] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-        linear.lora_a = linear.lora_b = None
+        linear.lora_a, linear.lora_b = nnx.data(None), nnx.data(None)
         linear.lora_scale = 1.0
     return merged
 

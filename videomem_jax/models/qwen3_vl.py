@@ -13,7 +13,7 @@ from videomem_jax.models import layers
 from videomem_jax.models.config import Qwen3VLConfig
 from videomem_jax.models.decoder import KV, Decoder, DeepStack, place
 from videomem_jax.models.vision import VisionFeatures, VisionTower
-from videomem_jax.sharding import constrain
+from videomem_jax.sharding import constrain, rows_of_logits
 
 
 class Qwen3VL(nnx.Module):
@@ -121,13 +121,14 @@ class Qwen3VL(nnx.Module):
 
         The head stays where it is, split by vocabulary, and the hidden states come to it.
         """
-        hidden = constrain(hidden, "group", ...)
+        rows = rows_of_logits(self.config.text.vocab_size)
+        hidden = constrain(hidden, rows, ...)
         if self.lm_head is None:
             table = self.language_model.embed_tokens[...].astype(hidden.dtype)
             y = jnp.einsum("...d,vd->...v", hidden, constrain(table, "vocab", None))
         else:
             y = layers.matmul(hidden, self.lm_head.kernel[...].astype(hidden.dtype))
-        return constrain(y.astype(jnp.float32), "group", ..., "vocab")
+        return constrain(y.astype(jnp.float32), rows, ..., "vocab")
 
     def start_tokens(self, like: Mapping[int, Sequence[int]]) -> None:
         """Gives new tokens the mean embedding, and head, of others: `like[new] = others`."""

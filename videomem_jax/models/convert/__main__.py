@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import pathlib
 import runpy
@@ -114,8 +115,10 @@ def to_orbax(args: argparse.Namespace) -> None:
         )
     config = _config(workdir, args.config)
     s = settings.freeze(config)
-    loaded = run.load(s, args.model)
+    s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
+    shards = functools.partial(sharding.parameter_shardings, mesh)
+    loaded = run.load(s, args.model, shardings=shards)
     trainer = Trainer(loaded.model, loaded.form, s, mesh, phase)
     _check_frozen(trainer.frozen, args.model, _base(workdir, phase, s.model.weights))
     run.open_workdir(str(workdir), config, fresh=True)

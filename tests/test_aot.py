@@ -1,0 +1,250 @@
+"""Ahead of time: what is read off compiled programs, held against accounts by hand."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from videomem_jax import aot, sharding
+from videomem_jax import settings as cfg
+from videomem_jax.aot import account, chips, costs, programs, report
+from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig, VisionConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Wide beside its vocabulary's few chunks, so that products rule; every axis divides.
+CONFIG = Qwen3VLConfig(
+    text=TextConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        mrope_section=(4, 2, 2),
+    ),
+    vision=VisionConfig(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=64,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=(0,),
+    ),
+)
+SETTINGS = cfg.Settings(
+    model=cfg.Model(remat="all", chunk=8, attention="xla"),
+    prompt=cfg.Prompt(segments=2, frames=4, max_pixels=4 * 32 * 32, prefix_tokens=40),
+    memory=cfg.Memory(slots=10, budget=8),
+    coldstart=cfg.Coldstart(steps=1, batch=8, accumulate=2),
+    prpo=cfg.PRPO(steps=1, batch=8, group_size=4, accumulate=2),
+    eval=cfg.Eval(batch=8),
+)
+
+
+def mesh_of(*sizes):
+    count = int(np.prod(sizes))
+    if jax.device_count() < count:
+        pytest.skip(f"{count} devices are needed")
+    return sharding.make_mesh(cfg.Mesh(*sizes), jax.devices()[:count])
+
+
+def compiled(name, s=SETTINGS, mesh=(1, 1, 1), config=CONFIG, options=None):
+    step = next(x for x in programs.steps(s, config, mesh_of(*mesh)) if x.name == name)
+    return step.lower().compile(options or {"xla_backend_optimization_level": 0})
+
+
+# --- targets ---
+
+
+@pytest.mark.parametrize("text", ["v5p", "v5p:2x2", "v4:2x2x2", "h100:2x2", "cpu:0", "v5e:4x"])
+def test_what_is_no_target(text):
+    with pytest.raises(ConfigError, match="is no target"):
+        chips.parse(text)
+
+
+def test_targets():
+    assert chips.parse("v5p:2x2x4").count == 16 and str(chips.parse("v6e:4x8")) == "v6e:4x8"
+    assert chips.parse("h100:8").chip.kind == "gpu"
+
+
+@pytest.mark.parametrize("target", ["v5e:1x1", "h100:1"])
+def test_a_compiler_that_is_not_there_is_one_sentence(target, monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="is not installed: pip install -r requirements-"):
+        chips.devices(chips.parse(target))
+
+
+def test_sizes_without_weights():
+    of = lambda name: cfg.Settings(model=cfg.Model(weights=name))  # noqa: E731
+    assert programs.architecture(of("Qwen3-VL-8B-Instruct")).text.hidden_size == 4096
+    assert programs.architecture(of("/x/Qwen3-VL-2B")).text.hidden_size == 2048
+    with pytest.raises(ConfigError, match="needs the model's sizes"):
+        programs.architecture(of("/x/mine"))
+
+
+# --- what is read off a program ---
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    """A scan over 5 matrices costs what its unrolled form costs, and what it should."""
+    x, w = jnp.ones((8, 64)), jnp.ones((5, 64, 64))
+    step = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+    found = [
+        costs.Program(
+            jax.jit(lambda x, w, n=n: jax.lax.scan(step, x, w, unroll=n)[0])
+            .lower(x, w)
+            .compile()
+            .as_text()
+        ).cost.products
+        for n in (1, 5)
+    ]
+    assert found == [5 * 2 * 8 * 64 * 64] * 2
+
+
+def test_a_loop_of_unknown_length_runs_as_long_as_it_may():
+    def run(x, w, stop):
+        more = lambda c: (c[0] < 7) & (c[1].sum() < stop)  # noqa: E731
+        return jax.lax.while_loop(more, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))
+
+    text = jax.jit(run).lower(jnp.ones((8, 64)), jnp.ones((64, 64)), 1e9).compile().as_text()
+    program = costs.Program(text, trips=7)
+    assert program.cost.products == program.loop_cost.products == 7 * 2 * 8 * 64 * 64
+
+
+def test_bytes_that_are_sent():
+    """Rings of 4: a gather sends 3/4 of the whole, a sum twice that."""
+    mesh = mesh_of(1, 4, 2)
+    put = lambda spec: jax.ShapeDtypeStruct(  # noqa: E731
+        (64, 64), jnp.float32, sharding=NamedSharding(mesh, spec)
+    )
+    whole = NamedSharding(mesh, P())
+    gather = jax.jit(lambda x: x * 2, out_shardings=whole).lower(put(P("fsdp")))
+    assert costs.Program(gather.compile().as_text()).cost.collectives == {
+        "all-gather": 64 * 64 * 4 * 3 / 4
+    }
+    total = jax.jit(lambda x: x @ x.T, out_shardings=whole).lower(put(P(None, "fsdp")))
+    assert costs.Program(total.compile().as_text()).cost.collectives == {
+        "all-reduce": 2 * 64 * 64 * 4 * 3 / 4
+    }
+
+
+def test_products_as_the_tpu_compiler_writes_them():
+    """Its convolutions: a matrix product, a batch of them, and one whose window is padded."""
+    plain = "dim_labels=bf_io->bf"
+    assert costs._convolution((64, 4096), (4096, 1024), (64, 1024), plain) == 2 * 64 * 4096 * 1024
+    batch = "window={size=64 stride=63 lhs_dilate=64}, dim_labels=0bf_0oi->0bf"
+    shapes = (64, 8, 512), (64, 8, 512), (64, 8, 8)
+    assert costs._convolution(*shapes, batch) == 2 * 64 * 8 * 8 * 512
+    outer = "window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=0bf_0io->0bf"
+    # 5 outputs of 3 positions over a row of 3: 9 pairs are real.
+    assert costs._convolution((3, 2, 7), (3, 7, 4), (5, 2, 4), outer) == 2 * 2 * 4 * 7 * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coldstart", "rollout", "update", "evaluation"])
+def test_the_account_by_hand_is_the_program(name):
+    program = costs.Program(compiled(name).as_text(), account.sizes(SETTINGS, 1, 1, 1).completion)
+    by_hand = account.Account(SETTINGS, CONFIG, flash=False).steps()[name]
+    assert by_hand.products == pytest.approx(program.cost.products, rel=0.05)
+    assert by_hand.model <= by_hand.products and by_hand.kernels == 0
+
+
+@pytest.mark.slow
+def test_unrolled_depths_extrapolate_to_the_loop():
+    """The compiler's own count, which sees a loop's body once, of layers that are no loop."""
+    s = dataclasses.replace(SETTINGS, prompt=dataclasses.replace(SETTINGS.prompt, segments=1))
+    s = dataclasses.replace(s, prpo=dataclasses.replace(s.prpo, accumulate=1))
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, chunk=64))
+    scan, got = jax.lax.scan, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "scan", lambda *a, **k: scan(*a, **k | {"unroll": True}))
+        for depth in (1, 2):
+            text = dataclasses.replace(CONFIG.text, num_hidden_layers=depth)
+            program = compiled("update", s, config=dataclasses.replace(CONFIG, text=text))
+            got[depth] = costs.Program(program.as_text()).cost.products
+    forecast = got[1] + (got[2] - got[1]) * (CONFIG.text.num_hidden_layers - 1)
+    loop = costs.Program(compiled("update", s).as_text()).cost.products
+    assert loop == pytest.approx(forecast, rel=0.01)
+
+
+# --- what no device may hold ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coldstart", "rollout", "update"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)], ids=["fsdp8", "fsdp4_tensor2"])
+def test_nothing_large_is_whole_anywhere(name, sizes):
+    """No embedding or head, no stack of layers, no logits of all tokens of a micro-batch."""
+    text = CONFIG.text
+    vocab, d, depth = text.vocab_size, text.hidden_size, text.num_hidden_layers
+    arrays = costs.Program(compiled(name, mesh=sizes).as_text()).arrays()
+    floats = {dims for dtype, dims in arrays if dtype in ("f32", "bf16")}
+    assert (depth, d, text.intermediate_size // 8) in floats
+    tables = {(vocab, d), (d, vocab)}
+    stacks = {(depth, *x) for x in ((d, text.intermediate_size), (text.intermediate_size, d))}
+    assert not floats & (tables | stacks)
+    # A completion's 16 positions a prompt and completion, of which 8 at once have logits.
+    logits = [int(np.prod(x)) for x in floats if x and x[-1] in (vocab, vocab // 8)]
+    positions = 8 * (4 if name == "update" else 1)
+    assert max(logits, default=0) <= 8 * positions * vocab // 8
+
+
+# --- the table ---
+
+
+def measured(**changes):
+    kept = report.Measured("update", 1, 2e9, 3e9, 1e9, 6e9, 1e12, 2e12, 1.0, 1e9, {}, {})
+    return dataclasses.replace(kept, **changes)
+
+
+def test_forecast_and_utilisation():
+    bound = {"operations": 2.0, "bytes": 1.0, "interconnect": 0.5}
+    m = measured(
+        roofline={"rest": bound, "decode": bound | {"bytes": 3.0}}, model_operations=459e12
+    )
+    chip = chips.CHIPS["v5p"]
+    assert m.seconds == 5.0 and m.utilisation(chip) == pytest.approx(0.2)
+    text = report.table(chips.parse("v5p:2x2x4"), [m])
+    assert "20.0 %" in text and "forecast, s" in text and "roofline" not in text
+
+
+def test_what_does_not_fit_ends_with_an_error(monkeypatch, tmp_path, capsys):
+    """The table is printed and saved all the same."""
+    monkeypatch.setattr(chips, "devices", lambda target: jax.devices()[:1])
+    monkeypatch.setattr(aot, "measure", lambda *a: measured(total=17e9))
+    s = dataclasses.replace(SETTINGS, coldstart=cfg.Coldstart(steps=0, batch=8))
+    with pytest.raises(aot.DoesNotFit, match=r"update step does not fit: it needs 17.0 GB a chip"):
+        aot.check(s, "v5e:1x1", tmp_path)
+    saved = json.loads((tmp_path / "aot-v5e-1x1.json").read_text())
+    assert saved["steps"][0]["fits"] is False and "NO" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """Two CPU devices, one step: nothing but the default requirements."""
+    command = [sys.executable, "train.py", "--config=configs/demo.py", f"--workdir={tmp_path}"]
+    command += ["--aot=cpu:2", "--aot_steps=coldstart", "--config.prpo.steps=0"]
+    env = {"PATH": "", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "aot-cpu-2.json").read_text())
+    (step,) = saved["steps"]
+    assert step["step"] == "coldstart" and step["fits"] and step["temporaries"] > 0
+    assert "extrapolat" not in saved["method"] and "by hand / compiled" in done.stdout
+
+
+def test_the_command_for_no_target():
+    command = [sys.executable, "train.py", "--config=configs/demo.py", "--workdir=x", "--aot=tpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: --aot=tpu is no target" in done.stderr
