@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -233,6 +234,8 @@ def make_mesh(wanted: settings.Mesh, devices: list[jax.Device] | None = None) ->
             f"and fsdp x tensor to a divisor of {len(devices)}"
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if devices[0].platform == "tpu":  # neighbours on an axis are neighbours in the slice
+        return Mesh(create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
     return Mesh(np.array(devices).reshape(sizes), AXES)
 
 

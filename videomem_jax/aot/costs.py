@@ -268,7 +268,9 @@ class Program:
             called = self._called(i)[0]
             return self._written_inside(called, self._computations[called][-1], i.shapes)
         shapes = i.shapes
-        if i.op.endswith("-start"):  # (what is sent, what arrives, ...)
+        if i.op == "copy-start":  # (what is written, what is read, ...)
+            shapes = shapes[:1]
+        elif i.op.endswith("-start"):  # (what is sent, what arrives, ...)
             shapes = shapes[1:2]
         return sum(s.bytes for s in shapes if s.main)
 

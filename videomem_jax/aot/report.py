@@ -106,7 +106,7 @@ def table(target: Target, found: list[Measured]) -> str:
                     lambda m, p=part, b=bound: number(m.roofline.get(p, {}).get(b), 1, ".3f"),
                 )
     row("forecast, s", lambda m: number(m.seconds or None, 1, ".3f"))
-    row("utilisation", lambda m: number(m.utilisation(chip), 0.01, ".1f") + " %")
+    row("utilisation, %", lambda m: number(m.utilisation(chip), 0.01, ".1f"))
     row("compiled in, s", lambda m: number(m.compile_seconds, 1, ".0f"))
     widths = [max(len(line[i]) for line in rows) for i in range(len(head))]
     lines = [
