@@ -47,7 +47,8 @@ def merge(model: Qwen3VL) -> Qwen3VL:
     for linear in _linears(merged):
         kernel, a, b = (p[...] for p in (linear.kernel, linear.lora_a, linear.lora_b))
         change = jnp.einsum("...ir,...ro->...io", a, b) * linear.lora_scale
-        linear.kernel[...] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        # A new variable: the old one is the given model's too.
+        linear.kernel = nnx.Param((kernel.astype(jnp.float32) + change).astype(kernel.dtype))
         linear.lora_a, linear.lora_b = nnx.data(None), nnx.data(None)
         linear.lora_scale = 1.0
     return merged
