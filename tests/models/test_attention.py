@@ -55,19 +55,19 @@ def test_kernels_are_the_reference(kernel, prompt):
     args = inputs(jnp.float32, prompt)
     expected = value_and_gradients(functools.partial(attention.causal, kind="xla"), *args)
     got = value_and_gradients(KERNELS[kernel], *args)
-    assert np.abs(expected[0]).max() > 0.5
+    assert np.abs(expected[0]).max() > 0.1
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_the_kernel_in_bfloat16():
-    """In units of the output: its own rounding is 2^-9 of a number."""
+    """Root mean square and mean within 1e-3: a single output is rounded by up to 2^-9 of itself."""
     args = inputs(jnp.bfloat16, 200)
     expected = attention.causal(*args, kind="xla").astype(jnp.float32)
     got = attention.causal(*args, kind="splash", interpret=True).astype(jnp.float32)
-    far = jnp.where(args[3][..., None, None], jnp.abs(got - expected), 0)
-    assert float(far.mean()) <= 1e-4 and float(far.max()) <= 2e-3
-    assert float(jnp.sqrt(jnp.mean(far**2))) <= 1e-3 * float(jnp.abs(expected).max())
+    far = np.asarray(jnp.abs(got - expected))[np.asarray(args[3])]
+    assert far.mean() <= 1e-3 and np.sqrt((far**2).mean()) <= 1e-3
+    assert far.max() <= 4 * 2**-8 * float(jnp.abs(expected).max())
 
 
 def test_what_each_query_sees_of_the_prompt_is_left_to_the_reference():
