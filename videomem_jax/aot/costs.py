@@ -168,15 +168,21 @@ class Program:
         if known := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', i.attributes):
             return int(known[1])
         condition = re.search(r"condition=(%[\w.\-]+)", i.attributes)[1]
-        body = self._computations[condition]
+        body = self._with_fusions(condition)
         numbers = [
             int(c.inside) for c in body if c.op == "constant" and c.inside.lstrip("-").isdigit()
         ]
-        simple = all(
-            c.op in ("parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast")
-            for c in body
-        )
+        # A counter against a number, and nothing else that could end the loop.
+        plain = {"parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast"}
+        simple = all(c.op in plain for c in body) and sum(c.op == "compare" for c in body) == 1
         return numbers[0] if simple and len(numbers) == 1 else None
+
+    def _with_fusions(self, name: str) -> list[Instruction]:
+        body = list(self._computations[name])
+        for i in self._computations[name]:
+            if i.op == "fusion":
+                body += self._with_fusions(self._called(i)[0])
+        return body
 
     def _inside(self, name: str, cost: Cost) -> None:
         """Products and collectives inside a fusion."""

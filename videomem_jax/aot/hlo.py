@@ -47,7 +47,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
                 name, body, root = found[2], [], None
                 entry = name if found[1] else entry
         elif line.startswith("}"):
-            computations[name], name = [*body, root], None
+            computations[name], name = [*body, *([root] if root else [])], None
         elif found := re.match(r"\s+(ROOT )?(%[\w.\-]+) = (.*)$", line):
             one = _instruction(found[2], found[3])
             if found[1]:
