@@ -165,6 +165,7 @@ def prpo(phase: Phase) -> TrainState:
             if update == 0:
                 gap = values["logprob_gap"]
         values = jax.device_get(values) | seen | {"logprob_gap": float(gap)}
+        ended = time.perf_counter()
         last = values[f"accuracy/segment_{s.prompt.segments}"]
         bar.set_postfix(
             reward=f"{values['reward']:.3f}",
@@ -173,9 +174,9 @@ def prpo(phase: Phase) -> TrainState:
         )
         values |= {
             "seconds/rollout": rolled - began,
-            "seconds/update": time.perf_counter() - rolled,
+            "seconds/update": ended - rolled,
             "seconds/data": waited,
-            "seconds/data_share": waited / (waited + took + rolled - began),
+            "seconds/data_share": waited / (waited + ended - began),
         }
         phase.after(i + 1, s.prpo.steps, values)
     return phase.done()
