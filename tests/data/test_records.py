@@ -86,7 +86,7 @@ def test_reads_what_was_written(tmp_path):
         ({"memories": [1]}, "wrong type", "'memories' must be a list of strings"),
         ({"meta": []}, "wrong type", "'meta' must be an object"),
         ({"category": 3}, "wrong type", "'category' must be a string"),
-        ({"video": "../a.mp4"}, "outside", "found '../a.mp4'"),
+        ({"video": "../a.mp4"}, "outside", 'found "../a.mp4"'),
         ({"video": "/etc/passwd"}, "outside", "must lie under the folder"),
         ({"video": "x/../../y.mp4"}, "outside", "must lie under the folder"),
     ],
@@ -208,3 +208,22 @@ def test_open_ended():
     for change in ({"answer": " "}, {"answer": 3}, {"answers": ["A"]}):
         with pytest.raises(BadRecord):
             Record.from_row(row | change)
+
+
+def test_a_link_is_no_way_out(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("other", "in/real"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").touch()
+    (tmp_path / "in" / "folder").symlink_to("../other")
+    (tmp_path / "in" / "b.mp4").symlink_to(tmp_path / "other" / "a.mp4")
+    (tmp_path / "in" / "c.mp4").symlink_to("real/a.mp4")
+    videos = ("folder/a.mp4", "b.mp4", "c.mp4", "real/a.mp4", "folder/../../other/a.mp4", "a\0b")
+    rows = [GOOD | {"id": str(i), "video": video} for i, video in enumerate(videos)]
+    path = write_lines(tmp_path / "in" / "x.jsonl", *rows)
+    found, skipped = records.read_records(path)
+    assert [record.id for record in found] == ["2", "3"] and skipped == {"outside": 4}
+    assert len(records.read_records(path, allow_outside=True)[0]) == 5
+    # The data's own folder may be a link.
+    (tmp_path / "alias").symlink_to("in")
+    assert len(records.read_records(tmp_path / "alias" / "x.jsonl")[0]) == 2

@@ -18,11 +18,14 @@ A row of a JSONL file has these fields:
     source    optional string: the data set that the record comes from
     meta      optional object: facts of the task, not interpreted here
 
-A bad row never stops a run: it is skipped, counted by cause and named in the log.
+A bad row never stops a run: it is skipped, counted by cause and named in the log. A row cannot
+reach a file outside the folder of its JSONL file, by a path or by a symbolic link, unless the
+caller allows it (`config.data.allow_outside`).
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -36,6 +39,8 @@ from typing import IO, Any
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REQUIRED = ("id", "video", "question", "options", "answer")
 _NAMED_PER_CAUSE = 20
+_LONGEST_LINE = 2**26  # bytes
+_LONGEST_SECONDS = 1e9
 
 _log = logging.getLogger(__name__)
 
@@ -124,9 +129,9 @@ class Record:
                 raise BadRecord(
                     "wrong type", f"'{name}' must be a number of seconds, found {_show(value)}."
                 )
-            if not math.isfinite(value) or value < 0:
+            if not 0 <= value < math.inf or value > _LONGEST_SECONDS:
                 raise BadRecord(
-                    "times", f"'{name}' must be finite and not negative, found {value}."
+                    "times", f"'{name}' must be finite and not negative, found {_show(value)}."
                 )
         if self.end is not None and (self.start or 0.0) >= self.end:
             raise BadRecord(
@@ -215,8 +220,8 @@ def read_records(
     records, skipped, seen, as_text, unknown = [], Skipped(), set(), 0, Counter()
     known = {f.name for f in dataclasses.fields(Record)}
     try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with open(path, "rb") as file:
+            for number, line in enumerate(_lines(file), start=1):
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
@@ -225,7 +230,7 @@ def read_records(
                     record = Record.from_row(row)
                     if record.id in seen:
                         raise BadRecord("duplicate id", f"'id' {record.id!r} was used before.")
-                    video = _place(record.video, folder, allow_outside)
+                    video = place(record.video, folder, allow_outside)
                 except BadRecord as error:
                     skipped.skip(where, error)
                     continue
@@ -291,19 +296,52 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise
 
 
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, only its beginning: it is not held."""
+    while line := file.readline(_LONGEST_LINE + 1):
+        yield line
+        while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(_LONGEST_LINE + 1)
+
+
 def _parse(line: bytes) -> Any:
+    if len(line) > _LONGEST_LINE:
+        raise BadRecord("not JSON", f"a row must be less than {_LONGEST_LINE // 2**20} MiB long.")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord("not JSON", f"a row must be a JSON object: {error}.") from error
 
 
-def _place(video: str, folder: str, allow_outside: bool) -> str:
-    """The full path of a record's video."""
+@functools.lru_cache(maxsize=65536)  # many records ask about one video
+def place(video: str, folder: str, allow_outside: bool) -> str:
+    """The full path of a record's video.
+
+    Args:
+      video: as in the record.
+      folder: full path of the data set, under which the video must lie, symbolic links followed.
+      allow_outside: whether it may lie elsewhere.
+
+    Raises:
+      BadRecord: it lies elsewhere.
+    """
+    if "\0" in video:
+        raise BadRecord("outside", f"'video' must be a path, found {_show(video)}.")
     full = os.path.normpath(os.path.join(folder, video))
-    if not allow_outside and not _is_inside(full, folder):
+    if allow_outside:
+        return full
+    if not _is_inside(full, folder):
         raise BadRecord(
-            "outside", f"'video' must lie under the folder of the JSONL file, found {video!r}."
+            "outside",
+            f"'video' must lie under the folder of the data ({folder}) unless "
+            f"config.data.allow_outside is set, found {_show(video)}.",
+        )
+    real = os.path.realpath(full)
+    if not _is_inside(real, os.path.realpath(folder)):
+        raise BadRecord(
+            "outside",
+            f"'video' must lie under the folder of the data ({folder}) unless "
+            f"config.data.allow_outside is set, but {_show(video)} is a link to {real}.",
         )
     return full
 
@@ -317,11 +355,21 @@ def _check_text(name: str, value: Any) -> None:
         raise BadRecord("wrong type", f"'{name}' must be a string, found {_show(value)}.")
     if not value.strip():
         raise BadRecord("empty field", f"'{name}' must not be empty.")
+    _check_encodes(name, value)
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
         raise BadRecord("wrong type", f"'{name}' must be a list of strings, found {_show(value)}.")
+    _check_encodes(name, "".join(value))
+
+
+def _check_encodes(name: str, text: str) -> None:
+    """Refuses half a surrogate pair, which JSON can write and nothing else can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRecord("wrong type", f"'{name}' has half of a character in it.") from None
 
 
 def _check_letter(name: str, value: Any, options: tuple[str, ...]) -> None:
@@ -346,5 +394,8 @@ def _letter_of(answer: Any, options: Any) -> Any:
 
 def _show(value: Any, width: int = 60) -> str:
     """A value for a sentence, cut to `width` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a very deep list
+        text = f"a {type(value).__name__}"
     return text if len(text) <= width else text[: width - 3] + "..."
