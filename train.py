@@ -46,7 +46,10 @@ class Phase:
         writer.forget_after(name, self.begin)
 
     def next_batch(self):
-        """The next batch, and the seconds that the step waited for it."""
+        """The next batch, and the seconds that the step waited for it.
+
+        The metric "waiting" is their share of the whole step's time.
+        """
         began = time.perf_counter()
         batch = next(self.batches)
         return batch, time.perf_counter() - began
@@ -78,7 +81,11 @@ def coldstart(phase: Phase) -> TrainState:
         if i == phase.begin:
             phase.watch.add("compile", took)
         bar.set_postfix(loss=f"{values['loss']:.3f}")
-        values |= {"seconds/step": took, "seconds/data": waited}
+        values |= {
+            "seconds/step": took,
+            "seconds/data": waited,
+            "waiting": waited / (waited + took),
+        }
         phase.after(i + 1, s.coldstart.steps, values)
     return phase.done()
 
@@ -117,6 +124,7 @@ def prpo(phase: Phase) -> TrainState:
             "seconds/rollout": rolled - began,
             "seconds/update": took,
             "seconds/data": waited,
+            "waiting": waited / (waited + took + rolled - began),
         }
         phase.after(i + 1, s.prpo.steps, values)
     return phase.done()
@@ -141,7 +149,7 @@ def train(config, workdir_flag: str) -> None:
     )
     # All of them now: a missing file is not to be found after hours of the first phase.
     data = {
-        name: run.read_records(s, file, chains=name == "coldstart")
+        name: run.training_data(s, file, chains=name == "coldstart")
         for name, steps, file, _ in phases
         if steps
     }

@@ -87,7 +87,7 @@ def frames(video: str) -> dict:
     """Seconds to read 4 x 32 frames, at the size that a Qwen3-VL takes them."""
     from videomem_jax import settings, videomem
     from videomem_jax.data import video as videos
-    from videomem_jax.data.clip import frame_size
+    from videomem_jax.data.sampling import frame_size
 
     sizes, took = settings.Settings(), {kind: [] for kind in CLOCKS}
     for _ in range(5):

@@ -19,7 +19,9 @@ from flax import nnx
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.data import needle, pipeline, records, video
+from videomem_jax.data.frames import FrameCache
 from videomem_jax.data.records import Record, RecordError
+from videomem_jax.data.sampling import Sample
 from videomem_jax.data.video import VideoError
 from videomem_jax.models.config import ConfigError, VisionConfig
 from videomem_jax.models.decoder import place
@@ -254,54 +256,59 @@ def test_choices(tokenizer, film):
 # --- decoded frames that are kept ---
 
 
+class Decoded:
+    """Reads samples of 1 MB; lists what was read."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, key):
+        def read():
+            self.calls.append(key)
+            return Sample(np.zeros(1), np.full((4, 512, 512), len(self.calls), np.uint8), 1.0)
+
+        return read
+
+
 @pytest.fixture
-def decoded(monkeypatch):
-    """Counts the calls of the decoder, which gives frames of 1 MB in all."""
-    calls = []
-
-    def read_frames(path, times, size):
-        calls.append(path)
-        return np.full((4, 512, 512), len(calls), np.uint8)
-
-    monkeypatch.setattr(video, "read_frames", read_frames)
-    return calls
+def decoded():
+    return Decoded()
 
 
 def test_frames_are_decoded_once(decoded):
-    cache, times = pipeline.FrameCache(8), np.array([1.0, 2.0])
-    first = cache.read("a", times, (8, 8))
-    assert cache.read("a", times, (8, 8)) is first and decoded == ["a"]
-    cache.read("a", times + 1, (8, 8))
-    cache.read("a", times, (8, 16))
-    assert len(decoded) == 3
+    cache = FrameCache(8)
+    first = cache.get("a", decoded("a"))
+    assert cache.get("a", decoded("a")) is first and decoded.calls == ["a"]
+    cache.get("b", decoded("b"))
+    assert decoded.calls == ["a", "b"]
 
 
 def test_the_cache_is_bounded_and_the_oldest_goes(decoded):
-    cache, times = pipeline.FrameCache(3), np.array([1.0])
+    cache = FrameCache(3)
     for name in ("a", "b", "c", "a", "d"):  # "a" is used again: "b" is the oldest
-        cache.read(name, times, (8, 8))
-        assert cache._used == sum(a.nbytes for a in cache._kept.values()) <= 3 * 2**20
-    assert decoded == ["a", "b", "c", "d"]
-    cache.read("a", times, (8, 8))
-    assert len(decoded) == 4
-    cache.read("b", times, (8, 8))
-    assert decoded[-1] == "b"
+        cache.get(name, decoded(name))
+        assert cache._used == sum(a.frames.nbytes for a in cache._kept.values()) <= 3 * 2**20
+    assert decoded.calls == ["a", "b", "c", "d"]
+    cache.get("a", decoded("a"))
+    assert len(decoded.calls) == 4
+    cache.get("b", decoded("b"))
+    assert decoded.calls[-1] == "b"
 
 
 def test_a_cache_without_room_keeps_nothing(decoded):
-    cache = pipeline.FrameCache(0)
+    cache = FrameCache(0)
     for _ in range(2):
-        cache.read("a", np.array([1.0]), (8, 8))
-    assert len(decoded) == 2 and not cache._kept and cache._used == 0
+        cache.get("a", decoded("a"))
+    assert len(decoded.calls) == 2 and not cache._kept and cache._used == 0
 
 
 def test_a_cache_travels_empty(decoded):
-    cache = pipeline.FrameCache(3)
-    cache.read("a", np.array([1.0]), (8, 8))
+    cache = FrameCache(3)
+    cache.get("a", decoded("a"))
     other = pickle.loads(pickle.dumps(cache))
     assert not other._kept and other._room == cache._room
-    other.read("a", np.array([1.0]), (8, 8))
-    assert len(decoded) == 2
+    other.get("a", decoded("a"))
+    assert len(decoded.calls) == 2
 
 
 # --- many records ---
@@ -370,7 +377,7 @@ def test_bad_records_are_left_out_counted_and_named_once(caplog):
     with caplog.at_level(logging.WARNING):
         got = take(stream(6, 4, bad=("1", "4"), skips=skips), 10)
     assert Counter(sum(got, [])) == dict.fromkeys((0, 2, 3, 5), 10)
-    assert skips.counts == {"VideoError": 2}
+    assert skips.counts == {"broken": 2}
     named = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
     assert sorted(named) == [f"record {i} is skipped: {i}.mp4: cannot be read." for i in (1, 4)]
 
@@ -428,7 +435,7 @@ def test_evaluation_reads_all_in_order_and_fills_up():
     assert [batch.record.shape for batch in got] == [(3,)] * 3
     real = [batch.record[batch.real].tolist() for batch in got]
     assert real == [[0, 1, 3], [4, 5, 7], [8, 9]]
-    assert skips.counts == {"VideoError": 2}
+    assert skips.counts == {"broken": 2}
     exact = list(pipeline.evaluation_batches(many(6), Tells(), 3, pipeline.Skips()))
     assert len(exact) == 2 and all(batch.real.all() for batch in exact)
 
@@ -454,4 +461,4 @@ def test_worker_processes_give_the_same_batches(tokenizer, film, tmp_path, caplo
         batches.close()
         again.close()
     assert_same(got[0], got[2])
-    assert counts[0] == counts[2] == {"VideoError": 1}
+    assert counts[0] == counts[2] == {"broken": 1}

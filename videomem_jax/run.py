@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from videomem_jax import grammar, report, settings
 from videomem_jax.checkpoint import CheckpointError
-from videomem_jax.data import needle, needle_chains, records
+from videomem_jax.data import needle, needle_chains, records, sources
 from videomem_jax.data.video import VideoError
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
@@ -192,19 +192,36 @@ def make_data(s: settings.Settings) -> None:
     )
 
 
-def read_records(s: settings.Settings, name: str, chains: bool = False) -> list[records.Record]:
-    """The good records of one of the config's files; with `chains`, some must have memories."""
+def read_records(s: settings.Settings, name: str) -> list[records.Record]:
+    """The good records of one of the config's files."""
     found, skipped = records.read_records(
         pathlib.Path(s.data.folder) / name, allow_outside=s.data.allow_outside
     )
     if skipped:
         print(f"{name}: {len(found)} records; {skipped.summary()}")
-    if chains and not any(record.memories for record in found):
-        raise records.RecordError(
-            f"{pathlib.Path(s.data.folder) / name}: no record has 'memories', which the cold start "
-            f"learns from: add them, or set --config.coldstart.steps=0"
-        )
     return found
+
+
+def training_data(
+    s: settings.Settings, names: str, chains: bool = False, open_ended: bool = False
+) -> sources.Mixture:
+    """The records of a phase, mixed and filtered as the config says.
+
+    Args:
+      s: the run's settings.
+      names: of its data sets.
+      chains: whether some records must have memories.
+      open_ended: whether questions without options are of use.
+    """
+    mixture, skipped = sources.read_mixture(names, s.data, open_ended)
+    if skipped or len(mixture.parts) > 1 or any(p.left_out.total() for p in mixture.parts):
+        print(f"{mixture.summary()}; {skipped.summary()}")
+    if chains and not mixture.any_chain():
+        raise records.RecordError(
+            f"{pathlib.Path(s.data.folder) / names}: no record has 'memories', which the cold "
+            f"start learns from: add them, or set --config.coldstart.steps=0"
+        )
+    return mixture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,16 +35,26 @@ class Model:
 class Data:
     """Where records come from and how they are read."""
 
-    task: str = "records"  # "records": JSONL files in `folder`; "needle": generated into it
-    folder: str = "data"  # of the records; videos are named relative to it
+    task: str = "records"  # "records": data sets in `folder`; "needle": generated into it
+    folder: str = "data"  # of the data sets; a record's video is named relative to its set's
+    # One data set or several with weights, "VideoMarathon=3, own.jsonl=1": see data/sources.py.
     train: str = "train.jsonl"  # PRPO's records
     coldstart: str = "coldstart.jsonl"  # records with chains of memory
+    # Filters of both. Names may have wildcards and be several: "temporality/*, scene/mc".
+    kinds: str = ""  # values of `category` that are taken; "" for all
+    sources: str = ""  # values of `source` that are taken; "" for all
+    min_duration: float = 0.0  # seconds of video; videos that are shorter are left out
+    max_duration: float = 0.0  # nor longer ones; 0 for no limit
+    prepared: str = ""  # folder that data/prepare.py left: frames are read there, not decoded
+    cache: str = ""  # folder for indexes of large data sets; "" is ~/.cache/videomem_jax
     test: str = "test.jsonl"  # records that eval.py asks
     test_long: str = ""  # longer videos, evaluated with `eval.long_segments`; "" for none
     workers: int = 0  # processes that decode; 0 decodes in threads of this one
     threads: int = 4  # threads that decode where there are no workers
     prefetch: int = 4  # batches decoded ahead
     cache_mb: int = 1024  # decoded frames kept in memory, in each process
+    time_limit: float = 60.0  # seconds that decoding a record's video may take
+    decoder_mb: int = 4096  # memory that it may take
     allow_outside: bool = False  # let records name files outside their folder
     train_videos: int = 400  # needle: videos to generate, with 6 questions each
     test_videos: int = 125  # needle: with 4 questions each
@@ -298,12 +308,16 @@ def _check(s: Settings) -> None:
         ("checkpoints.keep", s.checkpoints.keep),
         ("data.prefetch", s.data.prefetch),
         ("data.threads", s.data.threads),
+        ("data.decoder_mb", s.data.decoder_mb),
     ):
         need(value >= 1, key, value, "at least 1")
     for key, value in (
         ("coldstart.steps", s.coldstart.steps),
         ("prpo.steps", s.prpo.steps),
         ("data.workers", s.data.workers),
+        ("data.cache_mb", s.data.cache_mb),
+        ("data.min_duration", s.data.min_duration),
+        ("data.max_duration", s.data.max_duration),
         ("eval.limit", s.eval.limit),
     ):
         need(value >= 0, key, value, "0 or more")
@@ -319,6 +333,7 @@ def _check(s: Settings) -> None:
     need(1 <= k <= g and g % k == 0, "prpo.paths", k, f"a divisor of group_size={g}")
     need(0 < s.prpo.gamma <= 1, "prpo.gamma", s.prpo.gamma, "above 0 and at most 1")
     for key, value in (
+        ("data.time_limit", s.data.time_limit),
         ("prpo.tau_0", s.prpo.tau_0),
         ("prpo.tau_min", s.prpo.tau_min),
         ("prpo.temperature", s.prpo.temperature),

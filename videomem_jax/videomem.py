@@ -30,8 +30,9 @@ from videomem_jax import rollout, run, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Clip, Prefix
 from videomem_jax.data import video as videos
-from videomem_jax.data.clip import frame_size, make_clips
+from videomem_jax.data.clip import make_clips
 from videomem_jax.data.records import Record, RecordError
+from videomem_jax.data.sampling import frame_size
 from videomem_jax.models.config import ConfigError
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import LETTERS, Tokenizer

@@ -9,26 +9,6 @@ from videomem_jax.batch import Clip
 from videomem_jax.data import video
 
 
-def frame_size(path: str, max_pixels: int) -> tuple[int, int]:
-    """Height and width in pixels that a video's frames are resized to.
-
-    Raises:
-      VideoError: the video cannot be read, or its frames do not fit `max_pixels` (one side of
-        them would be less than a token).
-    """
-    info = video.probe(path)
-    try:
-        height, width = video.smart_resize(info.height, info.width, max_pixels=max_pixels)
-    except ValueError as error:
-        raise video.VideoError(f"{path}: {error}") from None
-    if height * width > max_pixels:
-        raise video.VideoError(
-            f"{path}: frames of {info.width}x{info.height} pixels are too narrow for "
-            f"config.prompt.max_pixels={max_pixels}: raise it"
-        )
-    return height, width
-
-
 def make_clips(frames: UInt8[np.ndarray, "f h w 3"], segments: int, max_pixels: int) -> Clip:
     """Frames as clips [t, ...], padded to the most patches that `max_pixels` allows.
 

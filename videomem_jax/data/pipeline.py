@@ -10,58 +10,25 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain
-from videomem_jax.data import video
-from videomem_jax.data.clip import frame_size, make_clips
-from videomem_jax.data.records import LETTERS, Record, RecordError
+from videomem_jax.data.clip import make_clips
+from videomem_jax.data.frames import Frames
+from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError
+from videomem_jax.data.sources import Mixture
+from videomem_jax.data.video import VideoError
 from videomem_jax.prompt import PromptError, answers, memory_ids, write_prefix
 from videomem_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-class FrameCache:
-    """Decoded frames by video and times, the oldest dropped beyond a number of bytes."""
-
-    def __init__(self, megabytes: int):
-        self._room = megabytes * 2**20
-        self._used = 0
-        self._kept: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(
-        self, path: str, times: np.ndarray, size: tuple[int, int]
-    ) -> UInt8[np.ndarray, "f h w 3"]:
-        """`video.read_frames`, remembered."""
-        key = (path, times.tobytes(), size)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        frames = video.read_frames(path, times, size)
-        with self._lock:
-            if key not in self._kept and frames.nbytes <= self._room:
-                self._kept[key] = frames
-                self._used += frames.nbytes
-            while self._used > self._room:
-                self._used -= self._kept.popitem(last=False)[1].nbytes
-        return frames
-
-    def __getstate__(self):
-        return {"_room": self._room}
-
-    def __setstate__(self, state):
-        self.__init__(state["_room"] // 2**20)
 
 
 class Loader:
@@ -76,13 +43,11 @@ class Loader:
             segments,
             blind,
         )
-        self._cache = FrameCache(settings.data.cache_mb)
+        self._frames = Frames(settings, segments)
 
     def times(self, record: Record) -> np.ndarray:
         """Sampling times [t, f] of a record's clips in seconds."""
-        return video.sample_times(
-            record.video, self.segments, self.settings.prompt.frames, record.start, record.end
-        )
+        return self._frames.times(record)
 
     def __call__(self, index: int, record: Record) -> Batch:
         """The row of a record; `index` is its place in the data set.
@@ -91,9 +56,8 @@ class Loader:
           VideoError, PromptError, ConfigError: one sentence on what cannot be used.
         """
         sizes = self.settings.prompt
-        height, width = frame_size(record.video, sizes.max_pixels)
-        times = self.times(record)
-        frames = self._cache.read(record.video, times.reshape(-1), (height, width))
+        times, frames, _ = self._frames.read(record)
+        height, width = frames.shape[1:3]
         if self.blind:
             frames = np.full_like(frames, 127)
         prefixes = [
@@ -198,11 +162,15 @@ class _Load(grain.transforms.Map):
         self.loader, self.records = loader, records
 
     def map(self, index):
-        record = self.records[index]
+        name = str(index)
         try:
+            record = self.records[int(index)]
+            name = record.id
             return self.loader(index, record)
-        except ValueError as error:  # VideoError, PromptError and ConfigError among them
-            return _Unusable(int(index), record.id, type(error).__name__, str(error))
+        except (VideoError, BadRecord) as error:
+            return _Unusable(int(index), name, error.cause, str(error))
+        except ValueError as error:  # PromptError and ConfigError among them
+            return _Unusable(int(index), name, type(error).__name__, str(error))
 
 
 def training_batches(
@@ -215,24 +183,32 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of rows `[b, ...]`; `get_state`/`set_state` give the position.
 
+    Records of a `Mixture` are drawn by its weights: of any number of rows in a row, each data set
+    has its share, to within one.
+
     Each process of a multi-host run reads its own records.
     """
     shard, shards = jax.process_index(), jax.process_count()
-    index = np.arange(len(records))[shard::shards]
+    groups = records.groups() if isinstance(records, Mixture) else [(1.0, np.arange(len(records)))]
+    own = [(weight, index[shard::shards]) for weight, index in groups]
+    own = [(weight, index) for weight, index in own if len(index)]
     workers, threads = settings.data.workers, settings.data.threads
     ahead = -(-settings.data.prefetch * batch // max(workers, 1))
-    data = (
-        grain.MapDataset.source(index)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map(_Load(loader, records))
-        .to_iter_dataset(grain.ReadOptions(threads, max(ahead, threads)))
+    # Each set has an order of its own: with the same one, sets of equal size would go in step.
+    orders = [
+        grain.MapDataset.source(index).seed(seed + 1000 * number).shuffle().repeat()
+        for number, (_, index) in enumerate(own)
+    ]
+    weights = [weight for weight, _ in own]
+    data = grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
+    data = data.map(_Load(loader, records)).to_iter_dataset(
+        grain.ReadOptions(threads, max(ahead, threads))
     )
     if workers:
         # Rows, not batches: the order is then that of no workers, and skips are counted here.
         data = data.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
-    data = data.filter(functools.partial(skips.usable, of=len(index)))
+    count = sum(len(index) for _, index in own)
+    data = data.filter(functools.partial(skips.usable, of=count))
     return iter(data.batch(batch // shards, drop_remainder=True, batch_fn=stack))
 
 

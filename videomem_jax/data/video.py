@@ -28,7 +28,19 @@ _NO_INDEX = 10.0
 
 
 class VideoError(ValueError):
-    """A video that cannot be used as asked; the message is one sentence that names the file."""
+    """A video that cannot be used as asked; the message is one sentence that names the file.
+
+    Attributes:
+      cause: short name to count by: "missing", "broken", "no video", "too short", "shape", "slow",
+        "memory" or "crash".
+    """
+
+    def __init__(self, sentence: str, cause: str = "broken"):
+        super().__init__(sentence)
+        self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (str(self), self.cause)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +98,8 @@ def read_frames(
         if times[-1] > info.duration + _TOLERANCE:
             raise VideoError(
                 f"{path}: a frame at {times[-1]:.2f} s was asked for, but the video ends at "
-                f"{info.duration:.2f} s."
+                f"{info.duration:.2f} s.",
+                "too short",
             )
         height, width = size or (info.height, info.width)
         frames = np.empty((len(times), height, width, 3), np.uint8)
@@ -131,7 +144,8 @@ def sample_times(
     if start >= info.duration or end > info.duration + _TAIL:
         raise VideoError(
             f"{path}: the part from {start:.2f} s to {end:.2f} s was asked for, but the video "
-            f"ends at {info.duration:.2f} s."
+            f"ends at {info.duration:.2f} s.",
+            "too short",
         )
     end = min(end, info.duration)
     have, want = round((end - start) * info.fps), segments * frames
@@ -139,7 +153,8 @@ def sample_times(
         raise VideoError(
             f"{path}: the part from {start:.2f} s to {end:.2f} s has {have} frames, but "
             f"{segments} segments of {frames} frames need {want}; use fewer segments or frames, "
-            f"or a longer video."
+            f"or a longer video.",
+            "too short",
         )
     return segment_times(start, end, segments, frames)
 
@@ -234,14 +249,14 @@ def patch_positions(
 def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Opens a video's container and first video stream; errors of FFmpeg become VideoError."""
     if not os.path.isfile(path):
-        raise VideoError(f"{path}: there is no such video file.")
+        raise VideoError(f"{path}: there is no such video file.", "missing")
     try:
         with av.open(os.fspath(path)) as container:
             # Music lists its cover as a video stream of one picture.
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & cover]
             if not streams:
-                raise VideoError(f"{path}: the file has no video stream.")
+                raise VideoError(f"{path}: the file has no video stream.", "no video")
             yield container, streams[0]
     except av.FFmpegError as error:
         raise VideoError(
@@ -254,7 +269,7 @@ def _probe(path, container, stream) -> VideoInfo:
     """`probe` of an opened video; leaves the stream behind its first frame."""
     first = next(_decoded(container, stream), None)
     if first is None:
-        raise VideoError(f"{path}: the video has no frames.")
+        raise VideoError(f"{path}: the video has no frames.", "no video")
     fps = float(stream.average_rate or stream.guessed_rate or 0) or 1.0
     duration = _duration(container, stream) or _last_end(container, stream, fps)
     height, width = first.height, first.width
