@@ -48,7 +48,7 @@ class Phase:
     def next_batch(self):
         """The next batch, and the seconds that the step waited for it.
 
-        The metric "waiting" is their share of the whole step's time.
+        The metric "seconds/data_share" is their share of the whole step's time.
         """
         began = time.perf_counter()
         batch = next(self.batches)
@@ -84,7 +84,7 @@ def coldstart(phase: Phase) -> TrainState:
         values |= {
             "seconds/step": took,
             "seconds/data": waited,
-            "waiting": waited / (waited + took),
+            "seconds/data_share": waited / (waited + took),
         }
         phase.after(i + 1, s.coldstart.steps, values)
     return phase.done()
@@ -124,7 +124,7 @@ def prpo(phase: Phase) -> TrainState:
             "seconds/rollout": rolled - began,
             "seconds/update": took,
             "seconds/data": waited,
-            "waiting": waited / (waited + took + rolled - began),
+            "seconds/data_share": waited / (waited + took + rolled - began),
         }
         phase.after(i + 1, s.prpo.steps, values)
     return phase.done()

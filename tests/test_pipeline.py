@@ -20,8 +20,9 @@ from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.data import needle, pipeline, records, video
 from videomem_jax.data.frames import FrameCache
-from videomem_jax.data.records import Record, RecordError
+from videomem_jax.data.records import BadRecord, Record, RecordError
 from videomem_jax.data.sampling import Sample
+from videomem_jax.data.sources import Mixture, Part
 from videomem_jax.data.video import VideoError
 from videomem_jax.models.config import ConfigError, VisionConfig
 from videomem_jax.models.decoder import place
@@ -462,3 +463,67 @@ def test_worker_processes_give_the_same_batches(tokenizer, film, tmp_path, caplo
         again.close()
     assert_same(got[0], got[2])
     assert counts[0] == counts[2] == {"broken": 1}
+
+
+# --- data sets that are mixed ---
+
+
+def mixed(counts, weights, batch=4, seed=0, bad=(), **data):
+    """A training iterator over data sets of so many records; row i is the i-th of all."""
+    rows, parts, skips = many(sum(counts)), [], pipeline.Skips()
+    for count, weight, start in zip(counts, weights, np.cumsum([0, *counts]), strict=False):
+        part = rows[start : start + count]
+        parts.append(Part(f"set{start}", weight, part, np.arange(count), Counter()))
+    whole = Mixture(parts)
+    return pipeline.training_batches(whole, Tells(bad), sizes(**data), batch, seed, skips)
+
+
+def test_each_set_has_its_share_at_any_time():
+    drawn = sum(take(mixed((6, 30, 3), (3.0, 1.0, 1.0)), 25), [])
+    sets = np.digitize(drawn, [6, 36])
+    for end in range(5, 101, 5):
+        assert (
+            np.abs(np.bincount(sets[:end], minlength=3) - end * np.array([0.6, 0.2, 0.2])).max() < 2
+        )
+    # Every set is gone through whole before it begins again, in another order.
+    first = [i for i in drawn if i < 6]
+    epochs = [tuple(first[i : i + 6]) for i in range(0, 60, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs) and len(set(epochs)) > 5
+    assert take(mixed((6, 30, 3), (3.0, 1.0, 1.0)), 25) == [
+        drawn[i : i + 4] for i in range(0, 100, 4)
+    ]
+
+
+def test_a_mixture_without_weights_is_one_set():
+    assert take(mixed((5, 7), (None, None)), 9) == take(stream(12, 4), 9)
+
+
+def test_a_mixture_goes_on_where_it_was():
+    make = functools.partial(mixed, (5, 9), (1.0, 2.0), bad=("1", "8"))
+    whole = take(make(), 9)
+    assert not {1, 8} & set(sum(whole, []))
+    for at in (0, 1, 5):
+        first, again = make(), make()
+        assert take(first, at) == whole[:at]
+        again.set_state(json.loads(json.dumps(first.get_state())))
+        assert take(again, 9 - at) == whole[at:]
+
+
+def test_a_set_may_be_all_bad_but_not_every_set():
+    assert set(sum(take(mixed((2, 5), (1.0, 1.0), bad=("0", "1")), 6), [])) == set(range(2, 7))
+    with pytest.raises(RecordError, match="none of the 3 records can be used"):
+        next(mixed((1, 2), (1.0, 1.0), bad=("0", "1", "2")))
+
+
+def test_a_record_that_cannot_be_had_is_skipped():
+    """As where a video has become a link out of the data set."""
+
+    class Lost(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise BadRecord("outside", "'video' must lie under the folder.")
+            return super().__getitem__(index)
+
+    skips = pipeline.Skips()
+    batches = pipeline.training_batches(Lost(many(5)), Tells(), sizes(), 4, 0, skips)
+    assert set(sum(take(batches, 5), [])) == {0, 1, 3, 4} and skips.counts == {"outside": 1}

@@ -186,6 +186,7 @@ NUMBERS = {
     *("reward", "reward/answer", "reward/form", "reward/length", "format_rate", "memory_tokens"),
     *("accuracy/segment_1", "accuracy/segment_4", "kl", "clip_fraction", "entropy", "grad_norm"),
     *("logprob_gap", "tau", "loss", "seconds/rollout", "seconds/update", "seconds/data"),
+    "seconds/data_share",
 }
 
 

@@ -1,4 +1,4 @@
-"""Decoding in processes of their own: a video can take its time, its memory or its process, no more.
+"""Decoding in processes of their own: a video can take so much time and memory, and no more.
 
 A damaged video can make FFmpeg wait, loop, allocate without end or crash. All of that happens in
 C, where no exception of Python reaches: FFmpeg asks its interrupt callback only between reads of

@@ -1,7 +1,8 @@
 """Reads LLaVA-Video-178K: JSON lists of conversations about videos.
 
-    {"id": ..., "conversations": [{"from": "human", "value": "<image>\\nWhat ...?\\nA. cat\\nB. boat"},
-     {"from": "gpt", "value": "B."}, ...], "data_source": ..., "video": "folder/name.mp4"}
+    {"id": ..., "data_source": ..., "video": "folder/name.mp4", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat ...?\\nA. cat\\nB. boat"},
+        {"from": "gpt", "value": "B."}, ...]}
 
 Every question with its reply is a record. Videos are named relative to the folder of the file. Its
 part of the data set ("0_30_s_academic_v0_1") is the source; whether a file holds multiple choice,

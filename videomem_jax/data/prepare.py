@@ -5,9 +5,9 @@
     python train.py --config=configs/prpo_tpu.py ... --config.data.prepared=FOLDER
 
 The frames go to FOLDER at the config's size, each part of a video once, however many questions are
-about it: see data/prepared.py. Killed at any moment and started again with the same command, it goes
-on: what is lost is the videos that were being decoded. A video that cannot be read is named, and
-training skips it without looking at it again.
+about it: see data/prepared.py. Killed at any moment and started again with the same command, it
+goes on: what is lost is the videos that were being decoded. A video that cannot be read is named,
+and training skips it without looking at it again.
 
 `--storage=jpeg` takes a third of the room of "lossless", and shows slightly other pixels.
 """

@@ -4,8 +4,9 @@
     FOLDER/skipped.jsonl         rows without frames, and why
     FOLDER/frames-train.array_record-00000-of-00042, dataset_info.json, features.json
 
-`tensorflow_datasets.builder_from_directory(FOLDER).as_data_source("train")` opens it, in this project
-and in any other. A row is a part of a video, sampled for the plan's segments, frames and pixels:
+`tensorflow_datasets.builder_from_directory(FOLDER).as_data_source("train")` opens it, in this
+project and in any other. A row is a part of a video, sampled for the plan's segments, frames and
+pixels:
 
     video             as in the plan
     times, duration   of the frames and of the whole video, in seconds, as JSON: the numbers of a

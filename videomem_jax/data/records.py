@@ -185,13 +185,22 @@ class Record:
 
 
 class Skipped(Counter):
-    """Numbers of skipped records by cause; `skip` counts one and names it in the log."""
+    """Numbers of skipped records by cause; `skip` counts one and names it in the log.
+
+    Attributes:
+      named: what is wrong with the first ones of each cause.
+    """
+
+    def __init__(self, counts: Mapping[str, int] = (), named: Iterable[str] = ()):
+        super().__init__(counts)
+        self.named = list(named)
 
     def skip(self, where: str, error: BadRecord) -> None:
         """Counts `error`, found at `where` (such as "train.jsonl:12")."""
         self[error.cause] += 1
-        level = logging.WARNING if self[error.cause] <= _NAMED_PER_CAUSE else logging.DEBUG
-        _log.log(level, "%s: record skipped: %s", where, error)
+        if self[error.cause] <= _NAMED_PER_CAUSE:
+            self.named.append(f"{where}: {error}")
+            _log.warning("%s: record skipped: %s", where, error)
 
     def summary(self) -> str:
         """Such as "3 records skipped (2 missing field, 1 times)"."""

@@ -56,7 +56,7 @@ class RecordTable(Sequence[Record]):
         self._made = (os.fspath(path), folder, allow_outside)
         self.columns = pyarrow.ipc.open_file(pyarrow.memory_map(os.fspath(path))).read_all()
         self._blocks = self.columns.to_batches()
-        self.skipped = Skipped(json.loads(Path(path).with_suffix(".json").read_text()))
+        self.skipped = Skipped(*json.loads(Path(path).with_suffix(".json").read_text()))
 
     def __reduce__(self):
         return RecordTable, self._made
@@ -127,7 +127,7 @@ def _write(path: Path, root: str, rows, allow_outside: bool) -> None:
             writer.write_batch(block)
         # Before the table gets its name: where that is there, this is too.
         with records.replacing(path.with_suffix(".json")) as counts:
-            counts.write(json.dumps(skipped).encode())
+            counts.write(json.dumps([skipped, skipped.named]).encode())
 
 
 def _blocks(good: Iterable[Record]) -> Iterator[pyarrow.RecordBatch]:

@@ -23,6 +23,13 @@ from PIL import Image
 _TOLERANCE = 0.002
 # How far the last frame may end before the length that the container states.
 _TAIL = 1.0
+# What is read as a video. FFmpeg knows more: playlists, which name other files and addresses, and
+# text and still images, which it would show as if they were films.
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,mxf,rm,wtv,dv,"
+    "mp3,aac,wav,flac"
+)
+_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 # Seconds that are decoded rather than jumped in containers that do not list their keyframes.
 _NO_INDEX = 10.0
 
@@ -251,7 +258,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     if not os.path.isfile(path):
         raise VideoError(f"{path}: there is no such video file.", "missing")
     try:
-        with av.open(os.fspath(path)) as container:
+        # As "file:", a name with a colon in it is no address.
+        with av.open(f"file:{os.fspath(path)}", options=_OPTIONS) as container:
             # Music lists its cover as a video stream of one picture.
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & cover]
