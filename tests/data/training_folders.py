@@ -18,10 +18,10 @@ OPTIONS = ("A rabbit", "A squirrel", "A butterfly", "Nobody")
 
 
 @functools.cache
-def film(start: float, seconds: int = 16, fps: int = 2) -> bytes:
-    """A stretch of the film as a .mp4 of 192x128 pixels."""
+def film(start: float, seconds: int = 16, fps: int = 2, form: str = "mp4") -> bytes:
+    """A stretch of the film, 192x128 pixels, in a container that FFmpeg calls `form`."""
     times, data = start + np.arange(seconds * fps) / fps, io.BytesIO()
-    with av.open(data, "w", format="mp4") as container:
+    with av.open(data, "w", format=form) as container:
         stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast"})
         stream.height, stream.width, stream.pix_fmt = 128, 192, "yuv420p"
         for number, pixels in enumerate(video.read_frames(FILM, times, (128, 192))):

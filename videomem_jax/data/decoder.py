@@ -88,6 +88,14 @@ class _Child:
             stdout=subprocess.PIPE,
             env=os.environ | few | {"PYTHONPATH": os.pathsep.join(paths)},
         )
+        # Starting is not the first video's time.
+        if not self._process.stdout.readline():
+            self.end()
+            raise VideoError(
+                f"the decoder does not start (exit code {self._process.returncode}); what it says "
+                f"stands above.",
+                "crash",
+            )
         self._answers = select.poll()
         self._answers.register(self._process.stdout, select.POLLIN)
 
@@ -194,6 +202,8 @@ def _serve(megabytes: int) -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    out.write(b"ready\n")
+    out.flush()
     for line in sys.stdin.buffer:
         seconds, *wanted = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -214,13 +224,14 @@ def _end_with_parent() -> None:
 
 
 def _answer(wanted: Wanted) -> tuple[dict, tuple[np.ndarray, ...]]:
+    large = f"{wanted.path}: decoding it takes more memory than config.data.decoder_mb allows."
     try:
         found = sample(wanted)
     except VideoError as error:
-        return {"sentence": str(error), "cause": error.cause}, ()
+        said = large if error.cause == "memory" else str(error)
+        return {"sentence": said, "cause": error.cause}, ()
     except MemoryError:
-        sentence = f"{wanted.path}: decoding needs more memory than config.data.decoder_mb allows."
-        return {"sentence": sentence, "cause": "memory"}, ()
+        return {"sentence": large, "cause": "memory"}, ()
     # What a damaged file makes of the decoder's numbers has no end: a rate of 1/0, a size of 0.
     except Exception as error:
         sentence = f"{wanted.path}: the video cannot be read ({type(error).__name__}: {error})."

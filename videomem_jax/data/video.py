@@ -6,6 +6,7 @@ Times are seconds from the first frame of the video. Everything here is numpy on
 import collections
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 import os
@@ -269,7 +270,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: the video cannot be read, it may be broken or cut short (FFmpeg: "
-            f"{error.strerror})."
+            f"{error.strerror}).",
+            "memory" if error.errno == errno.ENOMEM else "broken",
         ) from error
 
 
