@@ -321,6 +321,10 @@ def _check(s: Settings) -> None:
         ("eval.limit", s.eval.limit),
     ):
         need(value >= 0, key, value, "0 or more")
+    least, most = s.data.min_duration, s.data.max_duration
+    need(
+        not most or most >= least, "data.max_duration", most, f"0 or at least min_duration={least}"
+    )
     f = s.prompt.frames
     need(f >= 2 and f % 2 == 0, "prompt.frames", f, "an even number, since frames go in pairs")
     pixels = s.prompt.max_pixels

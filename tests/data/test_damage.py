@@ -169,33 +169,75 @@ def test_a_crash_is_one_video_s(good, tmp_path):
     assert said[0].cause == "crash" and "signal 11" in str(said[0])
 
 
-def test_processes_end_with_their_parent(tmp_path):
-    """Killed while it decodes, in C: nothing is left behind."""
+def below(pid: int) -> set[int]:
+    """The processes that a process started, and those that they did."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if status[0] != "Z":
+            parents[int(folder.name)] = int(status[1])
+    found, new = set(), {pid}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in new} - found
+    return found - {pid}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_end_with_their_parent(tmp_path, workers):
+    """Killed while it decodes, in C: nothing is left behind, neither decoders nor workers."""
     damage.endless(tmp_path / "endless.mkv")
-    code = (
-        "import sys; from videomem_jax.data.decoder import Decoder\n"
-        "from videomem_jax.data.sampling import Wanted\n"
-        "Decoder(600.0, 1024).read(Wanted(sys.argv[1], 2, 4, 6144))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "endless.mkv")]
-    process = subprocess.Popen(command, cwd=ROOT)
-    deadline = time.monotonic() + 60
-    child = None
-    while child is None and time.monotonic() < deadline:
+    records.write_records(tmp_path / "train.jsonl", [record(tmp_path / "endless.mkv")])
+    script = tmp_path / "reads.py"
+    script.write_text(_READS)
+    command = [sys.executable, script, tmp_path / "train.jsonl", str(workers)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 300
+    started: set[int] = set()
+    while time.monotonic() < deadline and process.poll() is None:
+        started = below(process.pid)
+        names = [_command(pid) for pid in started]
+        if any("data.decoder" in name for name in names):
+            break
         time.sleep(0.2)
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-            if parent == process.pid:
-                child = folder
+    assert any("data.decoder" in _command(pid) for pid in started)
     time.sleep(2)
+    started |= below(process.pid)
     process.kill()
     process.wait()
-    while child.exists() and time.monotonic() < deadline:
+    while any(map(_command, started)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not child.exists()
+    assert not any(map(_command, started))
+
+
+_READS = """
+import sys
+from absl import flags
+from videomem_jax import run
+from videomem_jax import settings as cfg
+from videomem_jax.data import pipeline, records
+from videomem_jax.tokenizer import Tokenizer
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    found, _ = records.read_records(sys.argv[1])
+    data = cfg.Data(workers=int(sys.argv[2]), threads=1, time_limit=600.0)
+    s = cfg.Settings(data=data, prompt=cfg.Prompt(2, 4, 6144, 300), memory=cfg.Memory(60, 20))
+    loader = pipeline.Loader(Tokenizer.load(run.BASE), s, 2)
+    next(pipeline.training_batches(found, loader, s, 1, 0, pipeline.Skips()))
+"""
+
+
+def _command(pid: int) -> str:
+    """The command line of a process; "" if there is none."""
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 # --- hundreds of them ---

@@ -191,7 +191,9 @@ def _fill(pipe: IO[bytes], array: np.ndarray) -> None:
 
 def _serve(megabytes: int) -> None:
     """A child's work: a line of JSON for each video in, a line of JSON and the arrays out."""
-    resource.setrlimit(resource.RLIMIT_DATA, (megabytes * 2**20,) * 2)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    room = megabytes * 2**20 if hard == resource.RLIM_INFINITY else min(megabytes * 2**20, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (room, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # What the parent made of these signals is inherited.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -80,7 +80,7 @@ class Frames:
 
     def times(self, record: Record) -> Float[np.ndarray, "t f"]:
         """Only the times of the frames, in seconds, of a record that can be read."""
-        place = self._prepared and self._prepared.find(self._wanted(record))
+        place = self._place(self._wanted(record))
         if place is not None:
             return self._prepared.read(place).times
         return video.sample_times(
@@ -101,8 +101,12 @@ class Frames:
             0.0 if told else data.max_duration,
         )
 
+    def _place(self, wanted: Wanted) -> int | None:
+        """The row of prepared data that holds what is wanted."""
+        return None if self._prepared is None else self._prepared.find(wanted)
+
     def _read(self, wanted: Wanted) -> Sample:
-        place = self._prepared and self._prepared.find(wanted)
+        place = self._place(wanted)
         if place is not None:
             found = self._prepared.read(place)
             check_duration(wanted.path, found.duration, wanted.shortest, wanted.longest)

@@ -10,6 +10,10 @@ from __future__ import annotations
 import collections
 import functools
 import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -206,10 +210,22 @@ def training_batches(
     )
     if workers:
         # Rows, not batches: the order is then that of no workers, and skips are counted here.
-        data = data.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+        data = data.mp_prefetch(options, worker_init_fn=_end_with_parent)
     count = sum(len(index) for _, index in own)
     data = data.filter(functools.partial(skips.usable, of=count))
     return iter(data.batch(batch // shards, drop_remainder=True, batch_fn=stack))
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Has a worker end when the run is killed: it would wait for ever to hand over a row."""
+    killed = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([killed])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def evaluation_batches(
