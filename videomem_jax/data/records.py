@@ -18,9 +18,8 @@ A row of a JSONL file has these fields:
     source    optional string: the data set that the record comes from
     meta      optional object: facts of the task, not interpreted here
 
-A bad row never stops a run: it is skipped, counted by cause and named in the log. A row cannot
-reach a file outside the folder of its JSONL file, by a path or by a symbolic link, unless the
-caller allows it (`config.data.allow_outside`).
+A bad row never stops a run: it is skipped, counted by cause and named in the log. Its video must
+lie under the folder of the file, symbolic links followed, unless the caller allows others.
 """
 
 import contextlib
@@ -28,7 +27,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import tempfile
 from collections import Counter
@@ -129,10 +127,9 @@ class Record:
                 raise BadRecord(
                     "wrong type", f"'{name}' must be a number of seconds, found {_show(value)}."
                 )
-            if not 0 <= value < math.inf or value > _LONGEST_SECONDS:
-                raise BadRecord(
-                    "times", f"'{name}' must be finite and not negative, found {_show(value)}."
-                )
+            if not 0 <= value <= _LONGEST_SECONDS:
+                found = f"found {_show(value)}."
+                raise BadRecord("times", f"'{name}' must be finite and not negative, {found}")
         if self.end is not None and (self.start or 0.0) >= self.end:
             raise BadRecord(
                 "times",
@@ -233,7 +230,6 @@ def read_records(
             for number, line in enumerate(_lines(file), start=1):
                 if not line.strip():
                     continue
-                where = f"{path}:{number}"
                 try:
                     row = _parse(line)
                     record = Record.from_row(row)
@@ -241,7 +237,7 @@ def read_records(
                         raise BadRecord("duplicate id", f"'id' {record.id!r} was used before.")
                     video = place(record.video, folder, allow_outside)
                 except BadRecord as error:
-                    skipped.skip(where, error)
+                    skipped.skip(f"{path}:{number}", error)
                     continue
                 seen.add(record.id)
                 unknown.update(row.keys() - known)
@@ -256,8 +252,7 @@ def read_records(
             "%s: %d records gave the answer's text instead of its letter; converted.", path, as_text
         )
     if unknown:
-        names = ", ".join(sorted(unknown))
-        _log.warning("%s: fields that the schema does not have were ignored: %s.", path, names)
+        _log.warning("%s: unknown fields were ignored: %s.", path, ", ".join(sorted(unknown)))
     if skipped:
         _log.warning("%s: %d records read, %s.", path, len(records), skipped.summary())
     return records, skipped
@@ -306,7 +301,7 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file; of one that is too long, only its beginning: it is not held."""
+    """The lines of a file; of one that is too long, only its beginning."""
     while line := file.readline(_LONGEST_LINE + 1):
         yield line
         while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
@@ -328,29 +323,24 @@ def place(video: str, folder: str, allow_outside: bool) -> str:
 
     Args:
       video: as in the record.
-      folder: full path of the data set, under which the video must lie, symbolic links followed.
-      allow_outside: whether it may lie elsewhere.
+      folder: full path of the data set.
+      allow_outside: whether it may lie outside of that.
 
     Raises:
-      BadRecord: it lies elsewhere.
+      BadRecord: it lies outside, by its path or by a symbolic link.
     """
     if "\0" in video:
         raise BadRecord("outside", f"'video' must be a path, found {_show(video)}.")
     full = os.path.normpath(os.path.join(folder, video))
     if allow_outside:
         return full
-    if not _is_inside(full, folder):
+    inside, real = _is_inside(full, folder), os.path.realpath(full)
+    if not inside or not _is_inside(real, os.path.realpath(folder)):
+        link = f", a link to {real}" if inside else ""
         raise BadRecord(
             "outside",
             f"'video' must lie under the folder of the data ({folder}) unless "
-            f"config.data.allow_outside is set, found {_show(video)}.",
-        )
-    real = os.path.realpath(full)
-    if not _is_inside(real, os.path.realpath(folder)):
-        raise BadRecord(
-            "outside",
-            f"'video' must lie under the folder of the data ({folder}) unless "
-            f"config.data.allow_outside is set, but {_show(video)} is a link to {real}.",
+            f"config.data.allow_outside is set, found {_show(video)}{link}.",
         )
     return full
 
@@ -374,7 +364,7 @@ def _check_texts(name: str, value: Any) -> None:
 
 
 def _check_encodes(name: str, text: str) -> None:
-    """Refuses half a surrogate pair, which JSON can write and nothing else can."""
+    # JSON can write half a surrogate pair, and nothing else can.
     try:
         text.encode()
     except UnicodeEncodeError:
