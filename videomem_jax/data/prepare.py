@@ -9,7 +9,7 @@ about it: see data/prepared.py. Killed at any moment and started again with the 
 goes on: what is lost is the videos that were being decoded. A video that cannot be read is named,
 and training skips it without looking at it again.
 
-`--storage=jpeg` takes a third of the room of "lossless", and shows slightly other pixels.
+`--storage=jpeg` takes 40% of the room of "lossless", and shows slightly other pixels.
 """
 
 from __future__ import annotations

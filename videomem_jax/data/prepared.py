@@ -16,10 +16,10 @@ pixels:
     frames            the pixels
     cause, sentence   empty, or why there are no frames
 
-Lossless: each row of pixels less the row above it, compressed by zstd. That is a third of the raw
-size, as small as PNG, and read an order of magnitude faster: no pixel waits for the one before it.
-JPEG (quality 95, full colour) is less than half of that again, and shows other pixels, by 1.3 of
-255 in the mean.
+Lossless: each row of pixels less the row above it, compressed by zstd. On the film that comes with
+the project that is 36% of the raw size; PNG takes 38 to 41%, and ten times as long to read, since
+there each pixel waits for the one before it. JPEG (quality 95, full colour) takes 14%, and is off by
+1 of 255 in the mean.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def open_table(
             f"config.data.cache to a folder with room."
         ) from error
     if not len(table):
-        raise RecordError(f"{folder} holds no good record: {table.skipped.summary()}.")
+        what = folder if len(files) > 1 else files[0]
+        raise RecordError(f"{what} holds no good record: {table.skipped.summary()}.")
     return table
 
 
