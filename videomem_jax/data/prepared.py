@@ -18,7 +18,7 @@ pixels:
 
 Lossless: each row of pixels less the row above it, compressed by zstd. On the film that comes with
 the project that is 36% of the raw size; PNG takes 38 to 41%, and ten times as long to read, since
-there each pixel waits for the one before it. JPEG (quality 95, full colour) takes 14%, and is off by
+there a pixel waits for the one before it. JPEG (quality 95, full colour) takes 14%, and is off by
 1 of 255 in the mean.
 """
 
