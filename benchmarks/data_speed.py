@@ -135,7 +135,9 @@ def main() -> None:
     s = cfg.freeze(runpy.run_path(str(CONFIG))["get_config"]())
     bounds = {chip: needed(s, chip) for chip in PEAK}
     sizes = dataclasses.replace(s.prompt, prefix_tokens=4 * s.prompt.prefix_tokens)
-    data = dataclasses.replace(s.data, folder=str(given.folder), cache_mb=0, prefetch=2)
+    data = dataclasses.replace(
+        s.data, folder=str(given.folder), cache_mb=0, prefetch=2, time_limit=600.0
+    )
     s = dataclasses.replace(
         s, data=data, prompt=sizes, coldstart=dataclasses.replace(s.coldstart, steps=0)
     )
