@@ -69,8 +69,9 @@ def decompress(
     """The frames that `compress` was given: exactly, or nearly."""
     count, height, width = map(int, shape)
     if storage == "lossless":
+        # A new buffer, which nobody else sees: it can be written to.
         raw = _ZSTD.decompress(data, count * height * width * 3)
-        frames = np.frombuffer(raw, np.uint8).reshape(count, height, width, 3).copy()
+        frames = np.frombuffer(raw, np.uint8).reshape(count, height, width, 3)
         for y in range(1, height):
             frames[:, y] += frames[:, y - 1]
         return frames
