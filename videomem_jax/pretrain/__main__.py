@@ -6,6 +6,7 @@ model.safetensors, tokenizer.json) like that of any other weights.
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import nnx
 from tqdm import trange
 
@@ -72,9 +72,6 @@ COURSES = (
     (1.0, (Part(300, "pair", 64, 12, 32), Part(1300, "clip", 30, 10, 12))),
     (0.6, (Part(900, "clip", 12, 16, 32),)),
 )
-
-_OUT = flags.DEFINE_string("out", None, "folder of the base model", required=True)
-_SEED = flags.DEFINE_integer("seed", 0, "seed of weights, tasks and order")
 
 
 def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int):
@@ -201,8 +198,9 @@ def train_step(graph, transform, state, frozen, batches):
     return (optax.apply_updates(params, updates), opt), value
 
 
-def main(_):
-    tokenizer = Tokenizer.train(tasks.corpus(_SEED.value), vocab_size=640)
+def main(out: pathlib.Path, seed: int) -> None:
+    """Trains the base and leaves it in a folder."""
+    tokenizer = Tokenizer.train(tasks.corpus(seed), vocab_size=640)
     config = preset("tiny", vocab_size=-(-len(tokenizer) // 8) * 8)
     painter = scenes.Painter(SIZE)
 
@@ -214,12 +212,11 @@ def main(_):
         vision_start_token_id=ids.vision_start,
         vision_end_token_id=ids.vision_end,
     )
-    model = fresh_model(config, _SEED.value)
+    model = fresh_model(config, seed)
     print(f"{len(tokenizer)} tokens, {parameter_count(model):,} parameters")
-    tower.train(model.visual, optimizer(TOWER_STEPS), SIZE, TOWER_STEPS, TOWER_PAIRS, _SEED.value)
+    tower.train(model.visual, optimizer(TOWER_STEPS), SIZE, TOWER_STEPS, TOWER_PAIRS, seed)
     graph, params, frozen = nnx.split(model, lambda path, _: path[0] != "visual", ...)
     right = jax.jit(lambda *params, batch: whole_replies(nnx.merge(graph, *params), batch))
-    out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
 
     def save(params):
@@ -233,7 +230,7 @@ def main(_):
         state = params, transform.init(params)
         step = jax.jit(functools.partial(train_step, graph, transform), donate_argnums=0)
         for part in parts:
-            state = train(part, begin, state, frozen, step, right, painter, tokenizer, save)
+            state = train(part, begin, state, frozen, step, right, painter, tokenizer, save, seed)
             begin += part.steps
         params = state[0]
 
@@ -321,12 +318,12 @@ def optimizer(steps: int, rate: float = 1.0) -> optax.GradientTransformation:
     )
 
 
-def train(part: Part, begin: int, state, frozen, step, right, painter, tokenizer, save):
+def train(part: Part, begin: int, state, frozen, step, right, painter, tokenizer, save, seed):
     """Trains for one part; returns the state, whose parameters are saved on the way."""
     pool, losses = concurrent.futures.ThreadPoolExecutor(1), []
 
     def exchanges(i):
-        rng = np.random.default_rng([_SEED.value, i])
+        rng = np.random.default_rng([seed, i])
         return pool.submit(draw, rng, tokenizer, painter, part)
 
     coming = exchanges(begin)
@@ -347,4 +344,8 @@ def train(part: Part, begin: int, state, frozen, step, right, painter, tokenizer
 
 
 if __name__ == "__main__":
-    app.run(main)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the base model")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tasks and order")
+    given = parser.parse_args()
+    main(given.out, given.seed)
