@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_dict
 
-from videomem_jax import grammar, report, settings
+from videomem_jax import grammar, llm, report, settings
 from videomem_jax.checkpoint import CheckpointError
 from videomem_jax.data import needle, needle_chains, records
 from videomem_jax.data.video import VideoError
@@ -44,6 +44,7 @@ SAID = (
     needle.NeedleError,
     report.ReportError,
     convert.WeightsError,
+    llm.LLMError,
 )
 
 

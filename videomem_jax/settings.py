@@ -14,6 +14,7 @@ import typing
 
 from ml_collections import config_dict
 
+from videomem_jax import llm
 from videomem_jax.models.config import ConfigError
 
 # The parts of a run's settings that asking its model needs, and the file beside its weights.
@@ -121,6 +122,9 @@ class PRPO:
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
     tcr: bool = True  # reward every step; off: the answer counts after the last clip only
     penalty: bool = True  # memory tokens beyond the budget cost
+    # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" nothing
+    # says so: open-ended records are left out.
+    reward: str = "choices"  # "choices", "exact" or "judge"
     alpha: float = 1.0  # worth of a right answer
     beta: float = 0.005  # cost of a memory token beyond the budget
     tau_0: float = 1.0  # temperature of the draw of the memory at first
@@ -135,6 +139,31 @@ class PRPO:
     loss_agg: str = "seq"  # "seq" (GRPO), "token" (DAPO) or "constant" (Dr. GRPO)
     updates_per_rollout: int = 1  # optimizer steps on the same completions
     optimizer: Optimizer = Optimizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The LLM that judges open-ended answers, behind an OpenAI-compatible endpoint."""
+
+    url: str = ""  # such as http://localhost:8000/v1
+    model: str = ""  # its name there
+    key_env: str = "OPENAI_API_KEY"  # environment variable with the key, which is written nowhere
+    concurrency: int = 32  # calls under way at a time
+    timeout: float = 30.0  # seconds that one try may take
+    retries: int = 3  # further tries
+    extra: str = ""  # JSON object added to a request, such as {"chat_template_kwargs": {...}}
+    name: str = ""  # stands for the URL in the cache of replies, for a model that moves
+    limit: float = 180.0  # seconds for the answers of one segment; what is late has no verdict
+    patience: int = 10  # rollouts in a row without any verdict after which a run stops
+
+    def endpoint(self) -> llm.Endpoint:
+        """The endpoint; LLMError, in one sentence, if it cannot be one."""
+        how = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(llm.Endpoint)
+            if hasattr(self, f.name)
+        }
+        return llm.Endpoint(**how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +206,7 @@ class Settings:
     memory: Memory = Memory()
     coldstart: Coldstart = Coldstart()
     prpo: PRPO = PRPO()
+    judge: Judge = Judge()
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
     checkpoints: Checkpoints = Checkpoints()
@@ -279,6 +309,7 @@ def _check(s: Settings) -> None:
     one_of("prompt.answer", s.prompt.answer, "letter", "text")
     one_of("prompt.answer_from", s.prompt.answer_from, "all", "memory")
     one_of("data.task", s.data.task, "records", "needle")
+    one_of("prpo.reward", s.prpo.reward, "choices", "exact", "judge")
     one_of("prpo.adv_norm", s.prpo.adv_norm, "std", "none")
     one_of("prpo.loss_agg", s.prpo.loss_agg, "seq", "token", "constant")
     for key, value in (
@@ -294,6 +325,8 @@ def _check(s: Settings) -> None:
         ("prpo.updates_per_rollout", s.prpo.updates_per_rollout),
         ("eval.batch", s.eval.batch),
         ("eval.long_segments", s.eval.long_segments),
+        ("judge.concurrency", s.judge.concurrency),
+        ("judge.patience", s.judge.patience),
         ("checkpoints.every", s.checkpoints.every),
         ("checkpoints.keep", s.checkpoints.keep),
         ("data.prefetch", s.data.prefetch),
@@ -305,8 +338,21 @@ def _check(s: Settings) -> None:
         ("prpo.steps", s.prpo.steps),
         ("data.workers", s.data.workers),
         ("eval.limit", s.eval.limit),
+        ("judge.retries", s.judge.retries),
     ):
         need(value >= 0, key, value, "0 or more")
+    try:
+        llm.check_key_name(s.judge.key_env)
+        if s.judge.url:
+            s.judge.endpoint()
+    except llm.LLMError as error:
+        raise ConfigError(f"config.judge: {error}") from None
+    need(
+        s.prpo.reward != "judge" or s.judge.url,
+        "judge.url",
+        s.judge.url,
+        "set for prpo.reward='judge', such as http://localhost:8000/v1",
+    )
     f = s.prompt.frames
     need(f >= 2 and f % 2 == 0, "prompt.frames", f, "an even number, since frames go in pairs")
     pixels = s.prompt.max_pixels
@@ -322,6 +368,8 @@ def _check(s: Settings) -> None:
         ("prpo.tau_0", s.prpo.tau_0),
         ("prpo.tau_min", s.prpo.tau_min),
         ("prpo.temperature", s.prpo.temperature),
+        ("judge.timeout", s.judge.timeout),
+        ("judge.limit", s.judge.limit),
         ("coldstart.optimizer.learning_rate", s.coldstart.optimizer.learning_rate),
         ("prpo.optimizer.learning_rate", s.prpo.optimizer.learning_rate),
     ):
