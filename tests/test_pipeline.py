@@ -150,6 +150,30 @@ def test_chains(tokenizer, film):
         load(0, dataclasses.replace(record, memories=("x y " * 40, *memories[1:])))
 
 
+def test_open_ended_records(tokenizer, film):
+    settings = sizes()
+    settings = dataclasses.replace(
+        settings, prompt=dataclasses.replace(settings.prompt, answer_tokens=6)
+    )
+    load = pipeline.Loader(tokenizer, settings, SEGMENTS)
+    record = dataclasses.replace(film[0], options=(), answer="a boat")
+    row = load(0, record)
+    assert row.gold == -1 and (row.choices == -1).all() and row.choices.shape[1] == 6
+    assert (row.chain.length == -1).all()
+    # With a chain there is something to answer: what the chain answers, each text once.
+    memories = ("red cat", "", "red cat blue boat", "blue boat")
+    chained = dataclasses.replace(record, memories=memories, answers=("cat", "", "cat", "boat"))
+    row = load(0, chained)
+    assert row.gold == -1 and row.chain.answer.tolist() == [0, -1, 0, 1]
+    said = [tokenizer.decode(ids[ids >= 0]) for ids in row.choices]
+    assert said[:2] == ["cat", "boat"] and not any(said[2:])
+    row = load(0, dataclasses.replace(chained, answers=None))
+    assert row.chain.answer.tolist() == [-1, -1, -1, 0]
+    assert tokenizer.decode(row.choices[0][row.choices[0] >= 0]) == "a boat"
+    with pytest.raises(PromptError, match="config.prompt.answer_tokens=6"):
+        load(0, dataclasses.replace(chained, answers=("cat", "", "", "a boat on the blue card")))
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """Videos of other shapes."""

@@ -122,8 +122,8 @@ class PRPO:
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
     tcr: bool = True  # reward every step; off: the answer counts after the last clip only
     penalty: bool = True  # memory tokens beyond the budget cost
-    # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" nothing
-    # says so: open-ended records are left out.
+    # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" only
+    # multiple choice earns a reward: open-ended records are left out.
     reward: str = "choices"  # "choices", "exact" or "judge"
     alpha: float = 1.0  # worth of a right answer
     beta: float = 0.005  # cost of a memory token beyond the budget

@@ -60,7 +60,11 @@ def test_reads_what_was_written(tmp_path):
         ({"options": "cat"}, "wrong type", "'options' must be a list of strings, found \"cat\""),
         ({"options": ["cat", 2]}, "wrong type", "'options' must be a list of strings"),
         ({"options": ["cat", ["car"]]}, "wrong type", "'options' must be a list of strings"),
-        ({"options": ["cat"]}, "options", "must hold 2 to 26 strings, found 1"),
+        (
+            {"options": ["cat"]},
+            "options",
+            "or none for an open-ended question, found 1",
+        ),
         ({"options": [str(i) for i in range(27)]}, "options", "found 27"),
         ({"options": ["cat", "car", "cat"]}, "options", 'must differ, found "cat" 2 times'),
         ({"options": ["cat", ""]}, "options", "must not be empty"),
@@ -188,3 +192,19 @@ def test_writing_is_all_or_nothing(tmp_path):
         records.write_records(path, full_disk())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_open_ended():
+    row = GOOD | {"options": [], "answer": "It is a cat."}
+    row |= {"memories": ["m", "n"], "answers": ["", "A cat?"]}
+    record = Record.from_row(row)
+    assert record.is_open and record.answer == "It is a cat."
+    assert record.answers == ("", "A cat?")
+    assert Record.from_row(record.to_row()) == record
+    assert not Record.from_row(GOOD).is_open
+    # Without options only where it says so: they may have been forgotten.
+    with pytest.raises(BadRecord, match="'options' is missing"):
+        Record.from_row({k: v for k, v in row.items() if k != "options"})
+    for change in ({"answer": " "}, {"answer": 3}, {"answers": ["A"]}):
+        with pytest.raises(BadRecord):
+            Record.from_row(row | change)

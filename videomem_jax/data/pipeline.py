@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain
@@ -113,13 +113,20 @@ class Loader:
             prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),
             clip=make_clips(frames, self.segments, sizes.max_pixels),
             chain=self._chain(record),
-            gold=np.int32(LETTERS.index(record.answer)),
-            choices=answers(
-                self.tokenizer, record.options, sizes.answer, sizes.options, sizes.answer_tokens
-            ),
+            gold=np.int32(-1 if record.is_open else LETTERS.index(record.answer)),
+            choices=self._choices(record),
             record=np.int32(index),
             real=np.bool_(True),
         )
+
+    def _choices(self, record: Record) -> Int[np.ndarray, "o a"]:
+        """What may be answered. An open-ended question has no choices, but what its chain answers:
+        with one, it is there to be learnt."""
+        sizes = self.settings.prompt
+        texts, how = record.options, sizes.answer
+        if record.is_open:
+            texts, how = _told(record) if record.memories is not None else (), "text"
+        return answers(self.tokenizer, texts, how, sizes.options, sizes.answer_tokens)
 
     def _chain(self, record: Record) -> Chain:
         t, slots = self.segments, self.settings.memory.slots
@@ -133,10 +140,21 @@ class Loader:
             for i, text in enumerate(record.memories):
                 ids = memory_ids(self.tokenizer, text, slots)
                 memory[i, : len(ids)], length[i] = ids, len(ids)
-            # Without provisional answers of its own, a chain teaches the right one at its end.
-            letters = record.answers or ("",) * (t - 1) + (record.answer,)
-            answer[:] = [LETTERS.index(letter) if letter else -1 for letter in letters]
+            names = list(_told(record)) if record.is_open else LETTERS
+            answer[:] = [names.index(a) if a else -1 for a in _provisional(record)]
         return Chain(memory, length, answer)
+
+
+def _provisional(record: Record) -> tuple[str, ...]:
+    """A chain's answers. Without any of its own, it teaches the right one at its end."""
+    if record.answers and any(record.answers):
+        return record.answers
+    return ("",) * (len(record.memories) - 1) + (record.answer,)
+
+
+def _told(record: Record) -> tuple[str, ...]:
+    """The different answers of an open-ended record's chain, in order."""
+    return tuple(dict.fromkeys(filter(None, _provisional(record))))
 
 
 class Skips:

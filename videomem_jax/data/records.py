@@ -1,16 +1,18 @@
-"""The one record schema: a multiple-choice question about a video, one JSON object a line.
+"""The one record schema: a question about a video, one JSON object a line.
 
 A row of a JSONL file has these fields:
 
     id        string, unique in the file
     video     string, path of the video, relative to the folder of the JSONL file
     question  string
-    options   list of 2 to 26 different strings, without letters before them
-    answer    the letter of the right option: "A" is the first
+    options   list of 2 to 26 different strings, without letters before them; [] for an open-ended
+              question
+    answer    the letter of the right option: "A" is the first; of an open-ended question, its text
     start     optional number, seconds: where the part that the question is about begins
     end       optional number, seconds: where it ends
     memories  optional list of strings: the memory after every clip, for supervised chains
-    answers   optional list of letters, one per memory: the provisional answers; "" for none
+    answers   optional list of letters (or texts), one per memory: the provisional answers; "" for
+              none
     duration  optional number, seconds: length of the video
     category  optional string: kind of question, for tables
     source    optional string: the data set that the record comes from
@@ -85,16 +87,25 @@ class Record:
         if not isinstance(self.meta, dict):
             raise BadRecord("wrong type", f"'meta' must be an object, found {_show(self.meta)}.")
         self._check_options()
-        _check_letter("answer", self.answer, self.options)
+        if self.is_open:
+            _check_text("answer", self.answer)
+        else:
+            _check_letter("answer", self.answer, self.options)
         self._check_times()
         self._check_chain()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the question is open-ended: answered in free words."""
+        return not self.options
+
     def _check_options(self) -> None:
         _check_texts("options", self.options)
-        if not 2 <= len(self.options) <= len(LETTERS):
+        if len(self.options) == 1 or len(self.options) > len(LETTERS):
             raise BadRecord(
                 "options",
-                f"'options' must hold 2 to {len(LETTERS)} strings, found {len(self.options)}.",
+                f"'options' must hold 2 to {len(LETTERS)} strings, or none for an open-ended "
+                f"question, found {len(self.options)}.",
             )
         for option, count in Counter(self.options).items():
             if count > 1:
@@ -130,13 +141,13 @@ class Record:
         if self.answers is None:
             return
         _check_texts("answers", self.answers)
-        for answer in filter(None, self.answers):
+        for answer in filter(None, () if self.is_open else self.answers):
             _check_letter("answers", answer, self.options)
         memories = 0 if self.memories is None else len(self.memories)
         if len(self.answers) != memories:
             raise BadRecord(
                 "chain",
-                f"'answers' must hold one letter per memory, found {len(self.answers)} answers "
+                f"'answers' must hold one entry per memory, found {len(self.answers)} answers "
                 f"and {memories} memories.",
             )
 
