@@ -20,20 +20,19 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
 import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from videomem_jax.llm_cache import Cache, LLMError
+
+__all__ = ["BadReply", "Cache", "Client", "Endpoint", "LLMError", "Reply", "Request", "Usage"]
+
 _NO_KEY = "none"  # what servers without keys are sent, since the client insists on one
 _BACKOFF = 8.0  # the longest pause that the official client makes by itself, in seconds
 _SHOWN = 200  # characters of an endpoint's error that are shown
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-
-
-class LLMError(ValueError):
-    """An endpoint or its cache that cannot be used; the message is one sentence."""
 
 
 class BadReply(ValueError):
@@ -101,6 +100,11 @@ class Endpoint:
             raise LLMError("an endpoint's extra must be a JSON object")
 
     @property
+    def identity(self) -> str:
+        """All of it that a reply depends on."""
+        return json.dumps([self.name or self.url, self.model, self.temperature, self.extra])
+
+    @property
     def key(self) -> str:
         """The key, from the environment."""
         return os.environ.get(self.key_env, "").strip()
@@ -159,45 +163,6 @@ class Usage:
         return text + (f", cost {self.cost:.2f}" if self.cost else "")
 
 
-class Cache:
-    """Replies by key, in one SQLite file; safe against a kill at any moment."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path, self._lock = os.fspath(path), threading.Lock()
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        self._file = self._guarded(
-            lambda: sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
-        )
-        self._run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-
-    def get(self, key: str) -> str | None:
-        """The reply of a key, if there is one."""
-        rows = self._run("SELECT reply FROM replies WHERE key = ?", key)
-        return rows[0][0] if rows else None
-
-    def put(self, key: str, reply: str) -> None:
-        """Keeps a reply; the newest of a key stays."""
-        # Generated text may hold half a surrogate pair, which no file can.
-        text = reply.encode(errors="replace").decode()
-        self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, text)
-
-    def _run(self, statement: str, *values: str) -> list[tuple]:
-        def run():
-            with self._lock, self._file:
-                return self._file.execute(statement, values).fetchall()
-
-        return self._guarded(run)
-
-    def _guarded(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except sqlite3.Error as error:
-            raise LLMError(
-                f"{self.path} cannot be used as a cache of replies ({error}): free some disk space "
-                f"if that is the cause, or delete the file; its replies are then asked for again"
-            ) from None
-
-
 class Client:
     """Asks one model. Made once, closed at the end; a context manager does that.
 
@@ -213,6 +178,7 @@ class Client:
         except ImportError:
             raise LLMError("endpoints need `openai`: pip install -r requirements-llm.txt") from None
         self.endpoint, self.usage, self._cache = endpoint, Usage(), cache
+        self._open, self._closed = threading.Lock(), False
         self._running: dict[Any, asyncio.Task] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="llm")
@@ -239,7 +205,10 @@ class Client:
         Raises:
           LLMError: the cache cannot be used.
         """
-        work = asyncio.run_coroutine_threadsafe(self._ask(requests, limit), self._loop)
+        with self._open:
+            if self._closed:
+                return [self._late(None) for _ in requests]
+            work = asyncio.run_coroutine_threadsafe(self._ask(requests, limit), self._loop)
         try:
             return work.result()
         except BaseException:
@@ -248,8 +217,10 @@ class Client:
 
     def close(self) -> None:
         """Ends the calls under way; they count as failed."""
-        if self._loop.is_closed():
-            return
+        with self._open:
+            if self._closed:
+                return
+            self._closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -262,10 +233,10 @@ class Client:
         self.close()
 
     async def _end(self) -> None:
-        tasks = list(self._running.values())
-        for task in tasks:
+        for task in self._running.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        here = asyncio.current_task()
+        await asyncio.gather(*(asyncio.all_tasks() - {here}), return_exceptions=True)
         await self._openai.close()
 
     async def _ask(self, requests: Sequence[Request], limit: float | None) -> list[Reply]:
@@ -292,9 +263,8 @@ class Client:
         return self._running[who]
 
     def _key(self, request: Request) -> str:
-        e = self.endpoint
-        depends = [e.name or e.url, e.model, e.temperature, e.extra, request.max_tokens]
-        text = json.dumps([*depends, list(request.messages)], sort_keys=True)
+        depends = [self.endpoint.identity, request.max_tokens, list(request.messages)]
+        text = json.dumps(depends, sort_keys=True)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     @property

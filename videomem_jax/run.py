@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from videomem_jax import grammar, llm, report, settings
 from videomem_jax.checkpoint import CheckpointError
-from videomem_jax.data import needle, needle_chains, records
+from videomem_jax.data import chain_files, needle, needle_chains, records
 from videomem_jax.data.video import VideoError
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
@@ -200,6 +200,10 @@ def read_records(s: settings.Settings, name: str, chains: bool = False) -> list[
     )
     if skipped:
         print(f"{name}: {len(found)} records; {skipped.summary()}")
+    if chains:
+        found = chain_files.reviewed(
+            found, pathlib.Path(s.data.folder) / name, s.data.allow_outside
+        )
     if chains and not any(record.memories for record in found):
         raise records.RecordError(
             f"{pathlib.Path(s.data.folder) / name}: no record has 'memories', which the cold start "

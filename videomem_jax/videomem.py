@@ -112,6 +112,8 @@ def plan(
     settings: cfg.Settings,
     segments: int | str | None = None,
     frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
 ) -> Float[np.ndarray, "t f"]:
     """The times of the frames that are read of a video, in seconds.
 
@@ -121,6 +123,7 @@ def plan(
       segments: how many; "auto" gives one to each `AUTO_SECONDS`, and no fewer than the model was
         trained with as far as the video has frames for them. By default the model's own number.
       frames: of a segment, even. By default the model's own number.
+      start, end: of the part that is read, in seconds; by default the whole video.
 
     Raises:
       VideoError: the video cannot be read, or has too few frames.
@@ -132,11 +135,12 @@ def plan(
         raise ConfigError(f"frames={frames!r} must be an even number, since frames go in pairs")
     if segments == "auto":
         info = videos.probe(video)
-        wanted = max(settings.prompt.segments, math.ceil(info.duration / AUTO_SECONDS))
-        segments = max(1, min(wanted, round(info.duration * info.fps) // frames))
+        length = (info.duration if end is None else end) - (start or 0.0)
+        wanted = max(settings.prompt.segments, math.ceil(length / AUTO_SECONDS))
+        segments = max(1, min(wanted, round(length * info.fps) // frames))
     if not isinstance(segments, int) or segments < 1:
         raise ConfigError(f"segments={segments!r} must be a number from 1 on, or 'auto'")
-    return videos.sample_times(video, segments, frames)
+    return videos.sample_times(video, segments, frames, start, end)
 
 
 def check_question(question: str, options: Sequence[str] | None) -> tuple[str, ...]:
@@ -255,10 +259,12 @@ class VideoMem:
         options: Sequence[str] | None = None,
         segments: int | str | None = None,
         frames: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
     ) -> Iterator[Segment]:
-        """As `ask`, but gives each segment as soon as it is read."""
+        """As `ask`, but gives each segment as soon as it is read; maybe of a part (see `plan`)."""
         options = check_question(question, options)
-        times = plan(video, self.settings, segments, frames)
+        times = plan(video, self.settings, segments, frames, start, end)
         size = frame_size(video, self.settings.prompt.max_pixels)
         choices = self._choices(options)
         return self._segments(os.fspath(video), question, options, times, size, choices)

@@ -256,16 +256,31 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
       OSError: the file cannot be written; an older file of that name is then unchanged.
     """
     path = Path(path)
-    folder = os.path.abspath(path.parent)
     with replacing(path) as out:
         for record in records:
-            row = record.to_row()
-            video = os.path.normpath(os.path.join(folder, record.video))
-            if _is_inside(video, folder):
-                row["video"] = Path(os.path.relpath(video, folder)).as_posix()
-            else:
-                row["video"] = video
+            row = row_in(record, path.parent)
             out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def row_in(record: Record, folder: str | os.PathLike) -> dict[str, Any]:
+    """A record's JSON object for a file in `folder`: a video under it becomes relative."""
+    row, folder = record.to_row(), os.path.abspath(folder)
+    video = os.path.normpath(os.path.join(folder, record.video))
+    inside = _is_inside(video, folder)
+    row["video"] = Path(os.path.relpath(video, folder)).as_posix() if inside else video
+    return row
+
+
+def record_in(row: Any, folder: str | os.PathLike, allow_outside: bool = False) -> Record:
+    """The record of a JSON object from a file in `folder`, with its video's full path.
+
+    Raises:
+      BadRecord: as `Record.from_row`, and if the video lies outside without leave.
+    """
+    record = Record.from_row(row)
+    return dataclasses.replace(
+        record, video=_place(record.video, os.path.abspath(folder), allow_outside)
+    )
 
 
 @contextlib.contextmanager
