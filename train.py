@@ -18,6 +18,7 @@ from tqdm import tqdm
 from videomem_jax import export, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.data import pipeline
+from videomem_jax.judged_rollout import JudgedRollout, OpenAnswers
 from videomem_jax.metrics import MetricsWriter, peak_rss_gb
 from videomem_jax.trainer import Trainer, TrainState
 
@@ -28,8 +29,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 class Phase:
     """What both phases need around their step: data, checkpoints, metrics, progress."""
 
-    def __init__(self, name, s, trainer, records, tokenizer, batch, workdir, watch, writer):
+    def __init__(
+        self, name, s, trainer, records, tokenizer, batch, workdir, watch, writer, judge=None
+    ):
         self.name, self.settings, self.trainer = name, s, trainer
+        self.records, self.tokenizer, self.judge = records, tokenizer, judge
         self.watch, self.writer = watch, writer
         self.skips = pipeline.Skips()
         loader = pipeline.Loader(tokenizer, s, s.prompt.segments)
@@ -86,14 +90,16 @@ def coldstart(phase: Phase) -> TrainState:
 def prpo(phase: Phase) -> TrainState:
     """Rollouts and policy updates."""
     s, trainer = phase.settings, phase.trainer
+    rollout_step = trainer.rollout_step
+    if phase.judge is not None:
+        answers = OpenAnswers(phase.records, phase.tokenizer, phase.judge)
+        rollout_step = JudgedRollout(trainer, answers, s.judge.patience)
     bar = tqdm(range(phase.begin, s.prpo.steps), desc="prpo", unit="step")
     for i in bar:
         batch, waited = phase.next_batch()
         began = time.perf_counter()
         key = jax.random.fold_in(jax.random.key(s.seed), i)
-        rows, seen = trainer.rollout_step(
-            phase.state.trained, trainer.frozen, batch, key, phase.state.step
-        )
+        rows, seen = rollout_step(phase.state.trained, trainer.frozen, batch, key, phase.state.step)
         seen = jax.device_get(seen)
         rolled = time.perf_counter()
         for update in range(s.prpo.updates_per_rollout):
@@ -145,6 +151,9 @@ def train(config, workdir_flag: str) -> None:
         for name, steps, file, _ in phases
         if steps
     }
+    judge = None
+    if "prpo" in data:
+        data["prpo"], judge = run.with_judge(s, data["prpo"], workdir)
     loaded = run.load(s)
     print(f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s)")
 
@@ -167,6 +176,7 @@ def train(config, workdir_flag: str) -> None:
                     workdir,
                     watch,
                     writer,
+                    judge,
                 )
                 state = loop(phase)
                 # config.json, which marks the phase as done, is written last.

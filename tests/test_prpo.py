@@ -284,3 +284,29 @@ def test_losses_of_micro_batches_add_up(how):
     for name in ("loss", "kl", "clipped", "entropy"):
         close(getattr(whole, name), sum(getattr(part, name) for part in parts))
     close(whole.gap, max(part.gap for part in parts))
+
+
+@pytest.mark.parametrize("norm", ["std", "none"])
+def test_advantages_over_the_known_rewards_of_a_group(norm):
+    """As if the others were not there, whatever stands in their place."""
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(40, 6)).astype(np.float32)
+    known = rng.random((40, 6)) < 0.6
+    known[0], known[1], known[2] = True, False, np.arange(6) == 3
+    rewards[3] = np.where(known[3], 1.1, rewards[3])
+    got = np.array(prpo.group_advantages(jnp.array(rewards), norm, jnp.array(known)))
+    assert not got[~known].any() and not got[1:4].any()
+    for row, mask, mine in zip(rewards, known, got, strict=True):
+        if mask.sum() > 1:
+            alone = prpo.group_advantages(jnp.array(row[mask]), norm)
+            np.testing.assert_allclose(mine[mask], alone, atol=2e-5)
+    other = np.where(known, rewards, 1e6).astype(np.float32)
+    np.testing.assert_array_equal(
+        got, prpo.group_advantages(jnp.array(other), norm, jnp.array(known))
+    )
+    every = np.ones_like(known)
+    np.testing.assert_allclose(
+        prpo.group_advantages(jnp.array(rewards), norm, jnp.array(every)),
+        prpo.group_advantages(jnp.array(rewards), norm),
+        atol=2e-5,
+    )

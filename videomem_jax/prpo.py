@@ -10,20 +10,38 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
-def group_advantages(rewards: Float[Array, "*b g"], norm: str = "std") -> Float[Array, "*b g"]:
+def group_advantages(
+    rewards: Float[Array, "*b g"], norm: str = "std", known: Bool[Array, "*b g"] | None = None
+) -> Float[Array, "*b g"]:
     """A_i = R_i - mean(R), over the group; divided by std(R) with norm="std" (GRPO).
 
-    A group whose rewards are all equal has advantage 0.
+    A group whose rewards are all equal has advantage 0. Where a reward is not `known` (its judge
+    gave no verdict), it has no part in the mean and the deviation, and advantage 0.
     """
+    if known is not None:
+        return _known_advantages(rewards, norm, known)
     # The mean of equal numbers is not always that number: rounding must not become an advantage.
     equal = (rewards == rewards[..., :1]).all(-1, keepdims=True)
     centred = jnp.where(equal, 0.0, rewards - rewards.mean(-1, keepdims=True))
     if norm == "none":
         return centred
     return centred / (rewards.std(-1, keepdims=True) + 1e-6)
+
+
+def _known_advantages(rewards, norm: str, known):
+    inside = lambda a, other: jnp.where(known, a, other)  # noqa: E731
+    count = jnp.maximum(known.sum(-1, keepdims=True), 1)
+    highest = inside(rewards, -jnp.inf).max(-1, keepdims=True)
+    equal = highest <= inside(rewards, jnp.inf).min(-1, keepdims=True)
+    mean = inside(rewards, 0.0).sum(-1, keepdims=True) / count
+    centred = jnp.where(known & ~equal, rewards - mean, 0.0)
+    if norm == "none":
+        return centred
+    variance = inside((rewards - mean) ** 2, 0.0).sum(-1, keepdims=True) / count
+    return centred / (jnp.sqrt(variance) + 1e-6)
 
 
 def annealed_temperature(step: Int[Array, ""], tau_0: float, gamma: float, least: float):
@@ -65,8 +83,8 @@ def draw_paths(
     return jax.lax.top_k(scores + jax.random.gumbel(key, scores.shape), paths)[1]
 
 
-def credit(advantages: Float[Array, "t b g"], *, tcr: bool, paths: int) -> Float[Array, "t b g"]:
-    """Advantages that the update uses.
+def credit(advantages: Shaped[Array, "t b g"], *, tcr: bool, paths: int) -> Shaped[Array, "t b g"]:
+    """Advantages that the update uses (or whether they are known).
 
     With a terminal reward and G unbroken trajectories, each of a trajectory's steps gets its
     outcome's advantage (GRPO). Otherwise a step keeps its own.

@@ -1,4 +1,7 @@
-"""The temporal cascading reward (TCR): what a completion earns at its own step. Arrays only."""
+"""The temporal cascading reward (TCR): what a completion earns at its own step. Arrays only.
+
+Axes: t segment, b example, g completion of the group.
+"""
 
 from __future__ import annotations
 
@@ -51,3 +54,55 @@ def cascading_reward(
         form=well_formed.astype(jnp.float32),
         length=-beta * over,
     )
+
+
+class Judged(NamedTuple):
+    """What the judge of a step adds.
+
+    answer, form, length: parts of the reward.
+    right: whether the answer is.
+    known: False where nobody could say so; the reward is then unknown too.
+    advantages: over the group.
+    """
+
+    answer: Float[Array, "*t b g"]
+    form: Float[Array, "*t b g"]
+    length: Float[Array, "*t b g"]
+    right: Bool[Array, "*t b g"]
+    known: Bool[Array, "*t b g"]
+    advantages: Float[Array, "*t b g"]
+
+
+def means(
+    judged: Judged,
+    well_formed: Bool[Array, "t b g"],
+    length: Int[Array, "t b g"],
+    real: Bool[Array, " b"],
+    budget: int,
+) -> dict[str, Float[Array, ""]]:
+    """Means over a rollout, [t, b, g], by name; those of rewards and answers where they are known.
+
+    Args:
+      judged: of each completion.
+      well_formed: whether it keeps to the format.
+      length: tokens in its memory.
+      real: which examples are.
+      budget: L_max, in tokens.
+    """
+    share = lambda part: part / jnp.maximum(part.sum((-1, -2), keepdims=True), 1.0)  # noqa: E731
+    real = jnp.broadcast_to(real[:, None], length.shape).astype(jnp.float32)
+    every, some = share(real), share(real * judged.known)
+    mean = lambda a, of=every: (a * of).sum((-1, -2))  # noqa: E731
+    flat = (judged.advantages == 0).all(-1, keepdims=True)
+    found = {
+        "reward": mean(judged.answer + judged.form + judged.length, some).mean(),
+        "reward/answer": mean(judged.answer, some).mean(),
+        "reward/form": mean(judged.form).mean(),
+        "reward/length": mean(judged.length).mean(),
+        "format_rate": mean(well_formed).mean(),
+        "memory_tokens": mean(length).mean(),
+        "over_budget": mean(length > budget).mean(),
+        "no_signal": mean(jnp.broadcast_to(flat, judged.advantages.shape)).mean(),
+    }
+    right = mean(judged.right, some)
+    return found | {f"accuracy/segment_{i + 1}": a for i, a in enumerate(right)}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_dict
 
-from videomem_jax import grammar, llm, report, settings
+from videomem_jax import grammar, judge, llm, report, settings
 from videomem_jax.checkpoint import CheckpointError
 from videomem_jax.data import chain_files, needle, needle_chains, records
 from videomem_jax.data.video import VideoError
@@ -31,6 +31,10 @@ from videomem_jax.models.config import ConfigError
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.prompt import PromptError, turn_end
 from videomem_jax.tokenizer import Tokenizer
+
+# Keys of a config that change nothing in what a run learns.
+_REACHED = ("url", "key_env", "concurrency", "timeout", "retries", "limit", "patience")
+_MAY_DIFFER = {"eval", *(f"judge.{key}" for key in _REACHED)}
 
 BASE = pathlib.Path(__file__).parent / "assets" / "tiny_base"
 
@@ -128,7 +132,8 @@ def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> p
 
     Args:
       workdir: path; made if `fresh`.
-      config: of the run. A folder holds one config's run. `eval.*` may differ between starts.
+      config: of the run. A folder holds one config's run. `eval.*` may differ between starts, and
+        how the judge is reached.
       fresh: whether a new run may begin there.
 
     Raises:
@@ -139,7 +144,7 @@ def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> p
     new = json.loads(config.to_json())
     if file.exists():
         old = json.loads(file.read_text())
-        key = _difference({k: v for k, v in old.items() if k != "eval"}, new)
+        key = _difference(old, new)
         if not key:
             return path
         # A run that stopped before its first step (a wrong path, say) is in nobody's way.
@@ -159,6 +164,8 @@ def open_workdir(workdir: str, config: config_dict.ConfigDict, fresh: bool) -> p
 
 def _difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
     for key, value in old.items():
+        if f"{prefix}{key}" in _MAY_DIFFER:
+            continue
         if isinstance(value, dict) and isinstance(new.get(key), dict):
             found = _difference(value, new[key], f"{prefix}{key}.")
             if found:
@@ -210,6 +217,35 @@ def read_records(s: settings.Settings, name: str, chains: bool = False) -> list[
             f"learns from: add them, or set --config.coldstart.steps=0"
         )
     return found
+
+
+def with_judge(
+    s: settings.Settings, found: list[records.Record], workdir: pathlib.Path
+) -> tuple[list[records.Record], judge.Judge | None]:
+    """PRPO's records, and the judge of the open-ended ones; None where there are none of these.
+
+    Raises:
+      LLMError: the judge cannot be asked.
+      RecordError: all records are open-ended, but `prpo.reward` has nothing that judges them.
+    """
+    count = sum(record.is_open for record in found)
+    if not count:
+        return found, None
+    if s.prpo.reward == "choices":
+        found = [record for record in found if not record.is_open]
+        print(f"{count} open-ended records are left out, since config.prpo.reward='choices'")
+        if not found:
+            raise records.RecordError(
+                "all records are open-ended: set config.prpo.reward to 'exact' or 'judge'"
+            )
+        return found, None
+    # A chain's answers would be taken for choices.
+    found = [dataclasses.replace(r, memories=None, answers=None) if r.is_open else r for r in found]
+    if s.prpo.reward == "exact":
+        return found, judge.exact
+    judging = judge.open_judge(s.judge, workdir / "judge.sqlite")
+    judging.check()
+    return found, judging
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The jitted steps of training: rollout, policy update, supervised update.
 
-All `jax.jit` of training is here, with shardings and donation. Parameters are split into those
-that are trained and the frozen rest; the vision tower is frozen in RL, so its features are computed
-once a batch and reused by the update.
+All `jax.jit` of training is here (and in `judged_rollout`), with shardings and donation. Parameters
+are split into those that are trained and the frozen rest; the vision tower is frozen in RL, so its
+features are computed once a batch and reused by the update.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import memory as mem
-from videomem_jax import prpo, rollout, sharding
+from videomem_jax import prpo, rewards, rollout, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Prefix
 from videomem_jax.grammar import Parsed
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
-from videomem_jax.rewards import cascading_reward
+from videomem_jax.rewards import Judged, cascading_reward
 
 
 class TrainState(NamedTuple):
@@ -52,16 +52,6 @@ class Rows(NamedTuple):
     weights: Float[Array, "t n r c"]
     old: Float[Array, "t n r c"]
     advantages: Float[Array, "t n r"]
-
-
-class Judged(NamedTuple):
-    """What the judge of a step adds: [b, g]."""
-
-    answer: Float[Array, "b g"]
-    form: Float[Array, "b g"]
-    length: Float[Array, "b g"]
-    right: Bool[Array, "b g"]
-    advantages: Float[Array, "b g"]
 
 
 def optimizer(settings: cfg.Optimizer, steps: int) -> optax.GradientTransformation:
@@ -146,7 +136,8 @@ class Trainer:
         opt = jax.jit(self._transform.init, out_shardings=places)(trained)
         return TrainState(trained, opt, jax.device_put(jnp.int32(0), same))
 
-    def _merge(self, trained, frozen) -> Qwen3VL:
+    def merge(self, trained, frozen) -> Qwen3VL:
+        """The model of parameters that are trained and those that are not."""
         return nnx.merge(self._graph, trained, frozen)
 
     def _step(self, state: TrainState, grads) -> tuple[TrainState, Float[Array, ""]]:
@@ -160,38 +151,78 @@ class Trainer:
         self, trained, frozen, batch: Batch, key: jax.Array, step: Int[Array, ""]
     ) -> tuple[Rows, dict[str, Array]]:
         """Reads the clips of a batch and judges every completion on the way."""
-        p, model = self.settings.prpo, self._merge(trained, frozen)
+        model = self.merge(trained, frozen)
         features = mem.see(model, batch.clip)
-        tau = self.tau(step)
         last = batch.prefix.next_position.shape[1] - 1
-        gold = jnp.broadcast_to(batch.gold[:, None], (batch.gold.shape[0], p.group_size))
-        sampling = mem.Sampling(p.group_size, self.settings.paths, p.temperature, greedy=False)
 
-        def judge(parsed: Parsed, segment, key):
-            reward = cascading_reward(
-                parsed.answer,
-                gold,
-                parsed.well_formed,
-                parsed.length,
-                alpha=p.alpha,
-                beta=p.beta if p.penalty else 0.0,
-                budget=self.settings.memory.budget,
-                counts_answer=p.tcr | (segment == last),
-            )
-            advantages = prpo.group_advantages(reward.total, p.adv_norm)
-            chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, self.settings.paths)
-            return chosen, Judged(*reward, parsed.answer == gold, advantages)
+        def choose(parsed: Parsed, segment, key):
+            is_last = segment == last
+            return self.judge(parsed, parsed.answer, batch.gold, None, is_last, key, step)
 
-        steps = mem.loop(model, self.form, batch, features, key, sampling, judge)
-        return self._rows(batch, features, steps), self._rollout_metrics(batch, steps, tau)
+        steps = mem.loop(model, self.form, batch, features, key, self.sampling, choose)
+        return self.rows(batch, features, steps), self.rollout_metrics(batch, steps, step)
 
-    def _rows(self, batch: Batch, features: VisionFeatures, steps: mem.Steps) -> Rows:
+    @property
+    def sampling(self) -> mem.Sampling:
+        """How completions are drawn in training."""
+        p = self.settings.prpo
+        return mem.Sampling(p.group_size, self.settings.paths, p.temperature, greedy=False)
+
+    def judge(
+        self,
+        parsed: Parsed,
+        answer: Int[Array, "b g"],
+        gold: Int[Array, " b"],
+        known: Bool[Array, "b g"] | None,
+        is_last: Bool[Array, ""],
+        key: jax.Array,
+        step: Int[Array, ""],
+    ) -> tuple[Int[Array, "b k"], Judged]:
+        """Rewards and advantages of a segment's completions, and whose memories go on.
+
+        Args:
+          parsed: what the completions say.
+          answer: their answers by index, right where it is `gold`.
+          gold: of each example.
+          known: False where nobody could say whether the answer is right; None if all are known.
+          is_last: whether this is the last segment.
+          key: of the draw.
+          step: of the phase, which anneals the draw.
+        """
+        p = self.settings.prpo
+        gold = jnp.broadcast_to(gold[:, None], answer.shape)
+        counts = p.tcr | is_last
+        reward = cascading_reward(
+            answer,
+            gold,
+            parsed.well_formed,
+            parsed.length,
+            alpha=p.alpha,
+            beta=p.beta if p.penalty else 0.0,
+            budget=self.settings.memory.budget,
+            counts_answer=counts,
+        )
+        has_reward = None if known is None else known | ~counts
+        advantages = prpo.group_advantages(reward.total, p.adv_norm, has_reward)
+        paths, tau = self.settings.paths, self.tau(step)
+        chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, paths)
+        known = jnp.ones(answer.shape, bool) if known is None else known
+        right = (answer == gold) & known
+        return chosen, Judged(*reward, right, known, advantages)
+
+    def rows(self, batch: Batch, features: VisionFeatures, steps: mem.Steps) -> Rows:
+        """A rollout's completions as the update sees them."""
         p, k = self.settings.prpo, self.settings.paths
         advantages = prpo.credit(steps.extra.advantages, tcr=p.tcr, paths=k)
+        by_row = lambda a: rearrange(a, "t b (k r) -> t (b k) r", k=k)  # noqa: E731
         by_segment = lambda a: jnp.repeat(jnp.moveaxis(a, 1, 0), k, axis=1)  # noqa: E731
         done = steps.completions
         real = jnp.repeat(batch.real, k)[None, :, None, None]
-        mask = done.mask & real
+        counted = steps.extra.known
+        if not p.tcr:  # before the last segment nobody's answer counts
+            counted = counted | (jnp.arange(counted.shape[0]) < counted.shape[0] - 1)[:, None, None]
+        counted = prpo.credit(counted, tcr=p.tcr, paths=k)
+        mask = done.mask & real & by_row(counted)[..., None]
         return Rows(
             prefix=jax.tree.map(by_segment, batch.prefix),
             features=VisionFeatures(
@@ -210,35 +241,22 @@ class Trainer:
             mask=mask,
             weights=prpo.token_weights(mask, p.loss_agg),
             old=done.logprobs,
-            advantages=rearrange(advantages, "t b (k r) -> t (b k) r", k=k),
+            advantages=by_row(advantages),
         )
 
-    def _rollout_metrics(self, batch: Batch, steps: mem.Steps, tau) -> dict[str, Array]:
-        judged, parsed = steps.extra, steps.parsed
-        real = batch.real[:, None].astype(jnp.float32)
-        real = real / jnp.maximum(real.sum() * parsed.length.shape[-1], 1.0)
-        mean = lambda a: (a * real).sum((-1, -2))  # noqa: E731
-        flat = (judged.advantages == 0).all(-1, keepdims=True)
-        over = parsed.length > self.settings.memory.budget
-        metrics = {
-            "reward": mean(judged.answer + judged.form + judged.length).mean(),
-            "reward/answer": mean(judged.answer).mean(),
-            "reward/form": mean(judged.form).mean(),
-            "reward/length": mean(judged.length).mean(),
-            "format_rate": mean(parsed.well_formed).mean(),
-            "memory_tokens": mean(parsed.length).mean(),
-            "over_budget": mean(over).mean(),
-            "no_signal": mean(jnp.broadcast_to(flat, judged.advantages.shape)).mean(),
-            "tau": tau,
-        }
-        right = mean(judged.right)
-        return metrics | {f"accuracy/segment_{i + 1}": a for i, a in enumerate(right)}
+    def rollout_metrics(
+        self, batch: Batch, steps: mem.Steps, step: Int[Array, ""]
+    ) -> dict[str, Array]:
+        """Means over a rollout, and the temperature of its draws."""
+        said, budget = steps.parsed, self.settings.memory.budget
+        means = rewards.means(steps.extra, said.well_formed, said.length, batch.real, budget)
+        return means | {"tau": self.tau(step)}
 
     # --- policy update ---
 
     def _score(self, trained, frozen, rows: Rows):
         """Log-probabilities and entropies of one micro-batch's completions, [n, r, c]."""
-        model = self._merge(trained, frozen)
+        model = self.merge(trained, frozen)
         memory = mem.Memory(rows.before.tokens[:, None], rows.before.length[:, None])
         context = mem.context(model, self.form, rows.prefix, rows.features, memory)
         return rollout.score(
@@ -308,7 +326,7 @@ class Trainer:
 
         def loss(trained, part):
             (prefix, clip, memory, tokens, learn), choices = part
-            model = self._merge(trained, frozen)
+            model = self.merge(trained, frozen)
             memory = mem.Memory(memory.tokens[:, None], memory.length[:, None])
             context = mem.context(model, self.form, prefix, mem.see(model, clip), memory)
             logprobs, _ = rollout.score(

@@ -37,7 +37,8 @@ class Chain:
       record: with its memories and answers.
       times: of each clip's frames, in seconds.
       summaries: of the clips; empty where a model read them itself.
-      tokens: length of each memory, in tokens of the model that is to learn it.
+      tokens: length of each memory, in tokens of the model that is to learn it, whose folder is
+        `model`; `budget` is the most that it may have.
       cause: short name of why the checks rejected it, "" where they did not; `why` is a sentence.
       depends: hash of all that it was made from.
     """
@@ -46,6 +47,8 @@ class Chain:
     times: tuple[tuple[float, ...], ...]
     summaries: tuple[str, ...]
     tokens: tuple[int, ...]
+    model: str
+    budget: int
     cause: str
     why: str
     depends: str
@@ -120,7 +123,8 @@ def read_chains(path: str | os.PathLike, allow_outside: bool = False) -> dict[st
                 times=tuple(tuple(float(t) for t in clip) for clip in row["times"]),
                 summaries=tuple(map(str, row["summaries"])),
                 tokens=tuple(map(int, row["tokens"])),
-                **{name: str(row[name]) for name in ("cause", "why", "depends")},
+                budget=int(row["budget"]),
+                **{name: str(row[name]) for name in ("model", "cause", "why", "depends")},
             )
     return found
 

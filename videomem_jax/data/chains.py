@@ -49,12 +49,16 @@ _NAMED = 20  # unfinished records that are named
 class Maker:
     """Makes one chain a record; may be used by several threads."""
 
-    def __init__(self, writer: Writer, settings: cfg.Settings, count: Count, judge: Judge):
+    def __init__(
+        self, writer: Writer, settings: cfg.Settings, model: Path, count: Count, judge: Judge
+    ):
+        """`model` is the folder of the model that is to learn, `count` its tokens of a memory."""
         self._writer, self._settings, self._count, self._judge = writer, settings, count, judge
+        self._model = str(model.resolve())
         p, m = settings.prompt, settings.memory
         sizes = [p.segments, p.frames, p.max_pixels, m.budget]
         words = inspect.getsource(instructions)
-        self._depends = json.dumps([writer.identity, sizes, words])
+        self._depends = json.dumps([writer.identity, sizes, self._model, words])
 
     def depends(self, record: records.Record) -> str:
         """Hash of all that a record's chain is made from; VideoError if its video is not there."""
@@ -86,7 +90,8 @@ class Maker:
         except records.BadRecord as error:
             cause, why = error.cause, str(error)
         chained = dataclasses.replace(record, memories=draft.memories, answers=draft.answers)
-        return Chain(chained, draft.times, draft.summaries, tokens, cause, why, depends)
+        made = (chained, draft.times, draft.summaries, tokens)
+        return Chain(*made, self._model, budget, cause, why, depends)
 
 
 class Run:
@@ -279,7 +284,8 @@ def chains(arguments: argparse.Namespace) -> None:
             writer = chain_writers.OwnWriter(arguments.own, settings, cache, reader)
         else:
             writer = chain_writers.EndpointWriter(clients["vlm"], asked, settings, count)
-        maker = Maker(writer, settings, count, LLMJudge(asked) if asked else exact)
+        judge = LLMJudge(asked) if asked else exact
+        maker = Maker(writer, settings, arguments.model, count, judge)
 
         def described() -> str:
             usages = [client.usage for client in clients.values()]
