@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("openai")
 
 from tests.endpoint import Raw, Stall, asked, serving
-from videomem_jax import settings
+from videomem_jax import run, settings
+from videomem_jax.data.records import Record, RecordError
 from videomem_jax.judge import Case, exact, normal, open_judge, read_verdict
 from videomem_jax.llm import BadReply, LLMError
 
@@ -127,3 +128,59 @@ def test_a_config_that_cannot_be(key, value, sentence):
     with pytest.raises(settings.ConfigError, match=sentence) as caught:
         settings.freeze(config)
     assert KEY not in str(caught.value)
+
+
+# --- in a run ---
+
+
+def records_of(*kinds):
+    return [
+        Record(f"r{i}", "v.mp4", "who?", (), "Ann", memories=("m",), answers=("Ann",))
+        if kind == "open"
+        else Record(f"r{i}", "v.mp4", "who?", ("Ann", "Bo"), "A")
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def with_reward(reward, **judge):
+    judge = {"model": "m", "retries": 0, "timeout": 5.0} | judge
+    return settings.Settings(prpo=settings.PRPO(reward=reward), judge=settings.Judge(**judge))
+
+
+def test_open_ended_records_need_a_judge(tmp_path, capsys):
+    choices, both = records_of("choices"), records_of("open", "choices")
+    assert run.with_judge(with_reward("judge"), choices, tmp_path) == (choices, None)
+    left, judge = run.with_judge(with_reward("choices"), both, tmp_path)
+    assert left == both[1:] and judge is None
+    assert "1 open-ended records are left out" in capsys.readouterr().out
+    with pytest.raises(RecordError, match="all records are open-ended: set config.prpo.reward"):
+        run.with_judge(with_reward("choices"), both[:1], tmp_path)
+    found, judge = run.with_judge(with_reward("exact"), both, tmp_path)
+    assert judge is exact and [r.id for r in found] == ["r0", "r1"]
+    # What a chain answers is no choice in PRPO.
+    assert found[0].memories is None and found[0].answers is None and found[1] == both[1]
+
+
+def test_a_run_with_a_judge_finds_it_out_first(tmp_path):
+    with serving(lambda *_: '{"correct": true}') as server:
+        s = with_reward("judge", url=server.url)
+        found, judge = run.with_judge(s, records_of("open"), tmp_path)
+        assert judge([Case("who?", "Ann", "Annie")]) == [True] and len(found) == 1
+        judge.close()
+        assert (tmp_path / "judge.sqlite").exists()
+        server.reply = lambda *_: Raw(401, b"{}")
+        with pytest.raises(LLMError, match="failed: HTTP 401.*is not set"):
+            s = with_reward("judge", url=server.url, key_env="NO_SUCH_KEY", model="other")
+            run.with_judge(s, records_of("open"), tmp_path)
+
+
+def test_a_judge_may_move_between_starts_but_not_change(tmp_path):
+    config = settings.default()
+    config.judge.url, config.judge.model, config.prpo.reward = "http://a/v1", "m", "judge"
+    folder = run.open_workdir(str(tmp_path / "run"), config, fresh=True)
+    (folder / "metrics.jsonl").touch()
+    config.judge.url, config.judge.timeout, config.eval.batch = "http://b/v1", 7.0, 3
+    assert run.open_workdir(str(tmp_path / "run"), config, fresh=True) == folder
+    config.judge.model = "n"
+    with pytest.raises(settings.ConfigError, match="config.judge.model='m', not 'n'"):
+        run.open_workdir(str(tmp_path / "run"), config, fresh=True)

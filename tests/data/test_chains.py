@@ -130,6 +130,7 @@ def call(data, monkeypatch, capsys):
         if think is not None:
             ends += ["--llm", think.url, "--llm-model", "lm"]
         sizes = ["--segments", "4", "--frames", "4", "--max-pixels", "4096", "--budget", "20"]
+        sizes += ["--model", str(run.BASE)]
         code = 0
         try:
             chains.main([str(data / "train.jsonl"), *ends, *sizes, *map(str, more)])
@@ -307,7 +308,7 @@ def test_stopped_at_any_moment_it_goes_on(data, how):
         words = ["-m", "videomem_jax.data.chains", data / "train.jsonl", "--vlm", see.url]
         words += ["--vlm-model", "v", "--llm", think.url, "--llm-model", "l", "--segments", "4"]
         words += ["--frames", "4", "--max-pixels", "4096", "--budget", "20", "--llm-name", "l"]
-        words += ["--vlm-name", "v"]
+        words += ["--vlm-name", "v", "--model", run.BASE]
         root = Path(chains.__file__).parents[2]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, *map(str, words)], cwd=root, **pipes)
@@ -402,7 +403,7 @@ def test_the_own_model_writes_chains(call, data, monkeypatch):
     prompt = settings.Prompt(
         segments=4, frames=4, max_pixels=4096, prefix_tokens=104, answer="text", options=4
     )
-    sized = settings.Settings(prompt=prompt, memory=settings.Memory(slots=20, budget=20))
+    sized = settings.Settings(prompt=prompt, memory=settings.Memory(slots=8, budget=8))
     settings.save_sizes(sized, own)
     question, options, _ = QUESTIONS[0]
     rows = [Record(f"q{a}", "film.mp4", question, options, a) for a in "ABC"]
@@ -414,7 +415,7 @@ def test_the_own_model_writes_chains(call, data, monkeypatch):
     assert len(kept.memories) == 4 and kept.answers[-1] == kept.answer
     from videomem_jax.videomem import VideoMem
 
-    model = VideoMem.from_pretrained(own, answer_from="memory", slots=20, max_pixels=4096)
+    model = VideoMem.from_pretrained(own, answer_from="memory", max_pixels=4096)
     said = model.ask(str(data / "film.mp4"), kept.question, kept.options)
     assert [s.memory for s in said.segments] == list(kept.memories)
     # Its replies are kept too, and known by its weights.

@@ -143,9 +143,10 @@ class OwnWriter:
     def __init__(self, folder: Path, settings: Settings, cache: llm.Cache, reader: Reader | None):
         from videomem_jax.videomem import VideoMem  # takes seconds
 
-        p, m = settings.prompt, settings.memory
-        self._sizes = {"max_pixels": p.max_pixels, "slots": m.slots}
-        self._model = VideoMem.from_pretrained(folder, answer_from="memory", **self._sizes)
+        self._pixels = settings.prompt.max_pixels
+        self._model = VideoMem.from_pretrained(
+            folder, answer_from="memory", max_pixels=self._pixels
+        )
         self._settings, self._cache, self._reader = settings, cache, reader
         self._lock, self._known = threading.Lock(), {}
         parts = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json")))
@@ -158,7 +159,7 @@ class OwnWriter:
         """A draft, of what the model remembers and answers."""
         p = self._settings.prompt
         part = (record.question, list(record.options), record.start, record.end)
-        sizes = [p.segments, p.frames, self._sizes]
+        sizes = [p.segments, p.frames, self._pixels]
         with self._lock:  # one model, one device
             key = _hash(self._own, json.dumps([*part, *sizes]), self._digest_of(record.video))
             kept = self._cache.get(key)

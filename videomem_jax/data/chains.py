@@ -197,34 +197,42 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("records", type=Path, help="a JSONL file of records")
     add("--out", type=Path, help="file of chains (default: coldstart.jsonl beside the records)")
-    add("--model", type=Path, default=run.BASE, metavar="DIR", help="folder of the model that is "
-        "to learn the chains: its tokenizer counts, its videomem.json gives the sizes")  # fmt: skip
-    for name, what in (("vlm", "summarises clips"), ("llm", "writes and checks memories")):
-        add(f"--{name}", metavar="URL", help=f"endpoint of the model that {what}")
-        add(f"--{name}-model", default="", metavar="NAME", help="its name there")
-        add(f"--{name}-key-env", default="OPENAI_API_KEY", metavar="VARIABLE",
-            help="environment variable with its key, if it needs one")  # fmt: skip
-        add(f"--{name}-extra", default="", metavar="JSON", help="added to each request, such as "
-            '{"chat_template_kwargs": {"enable_thinking": false}}')  # fmt: skip
-        add(f"--{name}-name", default="", metavar="NAME", help="stands for the URL in the cache, "
-            "for a model that moves from host to host")  # fmt: skip
-        add(f"--{name}-price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
-            help="of a million tokens read and written")  # fmt: skip
-    add("--own", type=Path, metavar="DIR", help="folder of this project's model, to write the "
-        "chains; with --llm, that checks the last memory")  # fmt: skip
-    for name, what in (
+    what = "folder of the model that is to learn the chains; its tokenizer counts (default: --own)"
+    add("--model", type=Path, metavar="DIR", help=what)
+    what = "folder of a model of this project that writes the chains; --llm then only checks"
+    add("--own", type=Path, metavar="DIR", help=what)
+    for name, task in (("vlm", "summarises clips"), ("llm", "writes and checks memories")):
+        _add_endpoint(parser, name, task)
+    for name, of in (
         ("segments", "clips of a video"),
         ("frames", "frames of a clip"),
-        ("max_pixels", "pixels of a frame"),
-        ("budget", "tokens of a memory"),
+        ("max_pixels", "most pixels of a frame"),
+        ("budget", "most tokens of a memory"),
     ):
-        add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{what} (default: --model)")
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=int, metavar="N", help=f"{of} (default: as --model was trained)")
     add("--concurrency", type=int, default=16, metavar="N", help="calls and records at a time")
     add("--timeout", type=float, default=120.0, metavar="S", help="seconds that a call may take")
     add("--retries", type=int, default=3, metavar="N", help="further tries of a call")
     add("--limit", type=int, metavar="N", help="records to take, from the first")
     add("--allow-outside", action="store_true", help="let records name files outside their folder")
     return parser.parse_args(argv)
+
+
+def _add_endpoint(parser: argparse.ArgumentParser, name: str, task: str) -> None:
+    def add(part: str, what: str, **how: Any) -> None:
+        parser.add_argument(f"--{name}{part}", help=what, **how)
+
+    add("", f"endpoint of the model that {task}", metavar="URL")
+    add("-model", "its name there", default="", metavar="NAME")
+    variable = "environment variable with its key, if it needs one"
+    add("-key-env", variable, default="OPENAI_API_KEY", metavar="VARIABLE")
+    body = 'added to a request, such as {"chat_template_kwargs": {"enable_thinking": false}}'
+    add("-extra", body, default="", metavar="JSON")
+    moves = "stands for the URL in the cache, for a model that moves from host to host"
+    add("-name", moves, default="", metavar="NAME")
+    price = "of a million tokens read and written"
+    add("-price", price, type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"))
 
 
 def _settings(arguments: argparse.Namespace, folder: Path) -> cfg.Settings:
@@ -260,8 +268,11 @@ def chains(arguments: argparse.Namespace) -> None:
     """The whole command."""
     if not arguments.own and not (arguments.vlm and arguments.llm):
         raise ConfigError("give --vlm and --llm, the endpoints of two models, or --own DIR")
-    tokenizer = Tokenizer.load(arguments.model)
-    settings = _settings(arguments, arguments.own or arguments.model)
+    model = arguments.model or arguments.own
+    if model is None:
+        raise ConfigError("give --model, the folder of the model that is to learn the chains")
+    tokenizer = Tokenizer.load(model)
+    settings = _settings(arguments, model)
     path = arguments.out or arguments.records.with_name("coldstart.jsonl")
     if path.resolve() == arguments.records.resolve():
         raise ConfigError(f"--out={path} is the file of records: chains need another")
@@ -285,7 +296,7 @@ def chains(arguments: argparse.Namespace) -> None:
         else:
             writer = chain_writers.EndpointWriter(clients["vlm"], asked, settings, count)
         judge = LLMJudge(asked) if asked else exact
-        maker = Maker(writer, settings, arguments.model, count, judge)
+        maker = Maker(writer, settings, model, count, judge)
 
         def described() -> str:
             usages = [client.usage for client in clients.values()]

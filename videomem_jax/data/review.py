@@ -149,8 +149,8 @@ def about_html(desk: Desk, name: str) -> str:
     checked = "kept by the checks"
     if chain.cause:
         checked = f'<span class="why">rejected by the checks: {escape(chain.why)}</span>'
-    told = [n for n, m in enumerate(desk.texts(name)[0], 1) if
-            chain_writers.told_letter(m, record.options)]  # fmt: skip
+    memories = enumerate(desk.texts(name)[0], 1)
+    told = [i for i, memory in memories if chain_writers.told_letter(memory, record.options)]
     if told and not chain.cause:
         checked += f"; memory {told[0]} tells an option's letter"
     state = f"; reviewed: <b>{escape(review.verdict)}</b>" if review else "; not reviewed"
@@ -293,8 +293,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("chains", type=Path, help="the file of chains")
-    add("--model", type=Path, metavar="DIR", help="folder of the model that is to learn the "
-        "chains (default: where it was when they were made)")  # fmt: skip
+    what = "folder of the model that is to learn (default: where it was when they were made)"
+    add("--model", type=Path, metavar="DIR", help=what)
     add("--port", type=int, help="to serve on (default: the first free from 7860)")
     add("--allow-outside", action="store_true", help="show videos outside the chains' folder")
     return parser.parse_args(argv)
