@@ -263,7 +263,7 @@ def test_what_failed_is_finished_by_the_same_command(call, data):
         return Stall(30) if "How many" in text else Thinker()(body, number)
 
     with serving(vlm) as see, serving(sick) as think:
-        code, out, err = call(see, think, "--timeout", "0.5")
+        code, out, err = call(see, think, "--timeout", "4")
         assert code == 0, err
         assert "1 chains kept" in out and "3 unfinished: 3 no reply" in out
         for said in ("q0: unfinished (no reply): HTTP 400", "q1: unf", "q2: unfinished (no reply)"):
