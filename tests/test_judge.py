@@ -1,5 +1,6 @@
 """Judges: exact match by hand, the LLM's verdicts, and that a failed call is no verdict."""
 
+import dataclasses
 import json
 
 import pytest
@@ -148,7 +149,11 @@ def records_of(*kinds):
 
 def with_reward(reward, **judge):
     judge = {"model": "m", "retries": 0, "timeout": 30.0} | judge
-    return settings.Settings(prpo=settings.PRPO(reward=reward), judge=settings.Judge(**judge))
+    return settings.Settings(
+        prompt=settings.Prompt(answer_tokens=16),
+        prpo=settings.PRPO(reward=reward),
+        judge=settings.Judge(**judge),
+    )
 
 
 def test_open_ended_records_need_a_judge(tmp_path, capsys):
@@ -161,6 +166,9 @@ def test_open_ended_records_need_a_judge(tmp_path, capsys):
         run.with_judge(with_reward("choices"), both[:1], tmp_path)
     found, judge = run.with_judge(with_reward("exact"), both, tmp_path)
     assert judge is exact and [r.id for r in found] == ["r0", "r1"]
+    narrow = dataclasses.replace(with_reward("exact"), prompt=settings.Prompt(answer_tokens=1))
+    with pytest.raises(settings.ConfigError, match="answer_tokens=1 leaves no room"):
+        run.with_judge(narrow, both, tmp_path)
     # What a chain answers is no choice in PRPO.
     assert found[0].memories is None and found[0].answers is None and found[1] == both[1]
 

@@ -226,6 +226,7 @@ def with_judge(
 
     Raises:
       LLMError: the judge cannot be asked.
+      ConfigError: there is no room for an answer in words.
       RecordError: all records are open-ended, but `prpo.reward` has nothing that judges them.
     """
     count = sum(record.is_open for record in found)
@@ -239,6 +240,11 @@ def with_judge(
                 "all records are open-ended: set config.prpo.reward to 'exact' or 'judge'"
             )
         return found, None
+    if s.prompt.answer_tokens < 2:
+        raise ConfigError(
+            f"config.prompt.answer_tokens={s.prompt.answer_tokens} leaves no room for an answer in "
+            f"words: raise it, to 32 for instance, since {count} records are open-ended"
+        )
     # A chain's answers would be taken for choices.
     found = [dataclasses.replace(r, memories=None, answers=None) if r.is_open else r for r in found]
     if s.prpo.reward == "exact":

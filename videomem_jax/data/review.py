@@ -32,8 +32,8 @@ SHOWN = ("not reviewed", "kept by the checks", "rejected by the checks", "review
 
 _STYLE = """
 .clip .frames { display: flex; flex-wrap: wrap; gap: 4px; margin-bottom: 6px; }
-.clip figure { margin: 0; width: 160px; }
-.clip figure img { width: 160px; display: block; border-radius: 4px; }
+.clip figure { margin: 0; width: calc(25% - 4px); }
+.clip figure img { width: 100%; display: block; border-radius: 4px; }
 .clip figcaption { font-size: 0.8rem; opacity: 0.7; }
 .about .why { color: #b3261e; }
 """
