@@ -24,8 +24,9 @@ pytest.importorskip("openai")
 from tests.endpoint import Raw, Stall, asked, serving
 from videomem_jax import run, settings
 from videomem_jax.data import chain_files, chains
-from videomem_jax.data.chain_writers import told_letter
+from videomem_jax.data.chain_writers import Draft, told_letter
 from videomem_jax.data.records import Record, read_records, write_records
+from videomem_jax.prompt import PromptError
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 WAY = ("green", "red", "blue", "green")  # of a video's four parts
@@ -293,6 +294,30 @@ def test_a_video_that_cannot_be_used_stops_nothing(call, data):
         code, out, err = call(see, think)
     assert code == 0 and "4 chains kept" in out and "1 unfinished: 1 video" in out
     assert "x: unfinished (video)" in err
+
+
+class Refusing:
+    """A writer that has no room for one of the records."""
+
+    identity = "refusing"
+
+    def write(self, record):
+        if record.id == "q1":
+            raise PromptError("q1 has too many options")
+        letters = (record.answer,) * 2
+        return Draft(((0.0, 1.0), (2.0, 3.0)), (), ("x", "y"), letters, True)
+
+
+def test_a_record_that_a_writer_cannot_use_stops_nothing(data):
+    found, _ = read_records(data / "train.jsonl")
+    maker = chains.Maker(Refusing(), settings.Settings(), run.BASE, len, lambda cases: [True])
+    job = chains.Run(found, maker, data / "coldstart.jsonl")
+    job.work(2, str, lambda: None)
+    assert job.unfinished == {"q1": ("record", "q1 has too many options")}
+    assert [r.id for r in read_records(data / "coldstart.jsonl")[0]] == ["q0", "q2", "q3"]
+    assert "4 records: 3 chains kept\n  1 unfinished: 1 record" in chains.summary(
+        job.done, job.unfinished
+    )
 
 
 @pytest.mark.slow

@@ -40,8 +40,11 @@ from videomem_jax.data.chain_writers import Count, NoReply, Writer
 from videomem_jax.data.video import VideoError
 from videomem_jax.judge import Judge, LLMJudge, exact
 from videomem_jax.models.config import ConfigError
+from videomem_jax.prompt import PromptError
 from videomem_jax.tokenizer import Tokenizer
 
+# What a writer says of a record that it cannot use.
+_UNUSABLE = (VideoError, PromptError, ConfigError, records.RecordError)
 _GIVE_UP = 20  # records in a row that no model answered for
 _NAMED = 20  # unfinished records that are named
 
@@ -163,9 +166,9 @@ class Run:
             with self._lock:
                 self._in_vain, self._last = self._in_vain + 1, str(error)
                 self._missed(record, "no reply", error)
-        except VideoError as error:
+        except _UNUSABLE as error:
             with self._lock:
-                self._missed(record, "video", error)
+                self._missed(record, "video" if isinstance(error, VideoError) else "record", error)
 
     def _missed(self, record: records.Record, cause: str, error: Exception) -> None:
         self.unfinished[record.id] = cause, str(error)
