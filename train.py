@@ -36,7 +36,7 @@ class Phase:
         self.records, self.tokenizer, self.judge = records, tokenizer, judge
         self.watch, self.writer = watch, writer
         self.skips = pipeline.Skips()
-        loader = pipeline.Loader(tokenizer, s, s.prompt.segments)
+        loader = pipeline.Loader(tokenizer, s, s.prompt.segments, chains=name == "coldstart")
         seed = s.seed + (0 if name == "coldstart" else 1)
         self.batches = pipeline.training_batches(records, loader, s, batch, seed, self.skips)
         self.checkpoints = Checkpoints(workdir / "checkpoints" / name, s.checkpoints.keep)
@@ -151,9 +151,9 @@ def train(config, workdir_flag: str) -> None:
         for name, steps, file, _ in phases
         if steps
     }
-    judge = None
-    if "prpo" in data:
-        data["prpo"], judge = run.with_judge(s, data["prpo"], workdir)
+    judge = run.judge_of(s, workdir) if "prpo" in data else None
+    if "prpo" in data and judge is None:
+        data["prpo"] = run.without_open(data["prpo"])
     loaded = run.load(s)
     print(f"mesh {dict(mesh.shape)} on {jax.device_count()} {jax.default_backend()} device(s)")
 

@@ -1,6 +1,5 @@
 """Judges: exact match by hand, the LLM's verdicts, and that a failed call is no verdict."""
 
-import dataclasses
 import json
 
 import pytest
@@ -26,6 +25,10 @@ KEY = "sk-secret-0123456789"
         ("3", "three", False),
         ("Ann and Bo", "Ann", False),
         ("theatre", "atre", False),
+        ("A", "A", True),
+        ("A", "an", False),
+        ("the", "", False),
+        ("", "", False),
     ],
 )
 def test_exact_match(answer, reference, same):
@@ -138,52 +141,40 @@ def test_a_config_that_cannot_be(key, value, sentence):
 # --- in a run ---
 
 
-def records_of(*kinds):
-    return [
-        Record(f"r{i}", "v.mp4", "who?", (), "Ann", memories=("m",), answers=("Ann",))
-        if kind == "open"
-        else Record(f"r{i}", "v.mp4", "who?", ("Ann", "Bo"), "A")
-        for i, kind in enumerate(kinds)
-    ]
-
-
-def with_reward(reward, **judge):
+def with_reward(reward, tokens=16, **judge):
     judge = {"model": "m", "retries": 0, "timeout": 30.0} | judge
     return settings.Settings(
-        prompt=settings.Prompt(answer_tokens=16),
+        prompt=settings.Prompt(answer_tokens=tokens),
         prpo=settings.PRPO(reward=reward),
         judge=settings.Judge(**judge),
     )
 
 
-def test_open_ended_records_need_a_judge(tmp_path, capsys):
-    choices, both = records_of("choices"), records_of("open", "choices")
-    assert run.with_judge(with_reward("judge"), choices, tmp_path) == (choices, None)
-    left, judge = run.with_judge(with_reward("choices"), both, tmp_path)
-    assert left == both[1:] and judge is None
-    assert "1 open-ended records are left out" in capsys.readouterr().out
-    with pytest.raises(RecordError, match="all records are open-ended: set config.prpo.reward"):
-        run.with_judge(with_reward("choices"), both[:1], tmp_path)
-    found, judge = run.with_judge(with_reward("exact"), both, tmp_path)
-    assert judge is exact and [r.id for r in found] == ["r0", "r1"]
-    narrow = dataclasses.replace(with_reward("exact"), prompt=settings.Prompt(answer_tokens=1))
+def test_the_judge_of_a_run(tmp_path):
+    assert run.judge_of(with_reward("choices", tokens=1), tmp_path) is None
+    assert run.judge_of(with_reward("exact"), tmp_path) is exact
     with pytest.raises(settings.ConfigError, match="answer_tokens=1 leaves no room"):
-        run.with_judge(narrow, both, tmp_path)
-    # What a chain answers is no choice in PRPO.
-    assert found[0].memories is None and found[0].answers is None and found[1] == both[1]
-
-
-def test_a_run_with_a_judge_finds_it_out_first(tmp_path):
+        run.judge_of(with_reward("exact", tokens=1), tmp_path)
     with serving(lambda *_: '{"correct": true}') as server:
-        s = with_reward("judge", url=server.url)
-        found, judge = run.with_judge(s, records_of("open"), tmp_path)
-        assert judge([Case("who?", "Ann", "Annie")]) == [True] and len(found) == 1
+        judge = run.judge_of(with_reward("judge", url=server.url), tmp_path)
+        assert judge([Case("who?", "Ann", "Annie")]) == [True]
         judge.close()
         assert (tmp_path / "judge.sqlite").exists()
+        # One that cannot be asked is found out before anything expensive.
         server.reply = lambda *_: Raw(401, b"{}")
+        s = with_reward("judge", url=server.url, key_env="NO_SUCH_KEY", model="other")
         with pytest.raises(LLMError, match="failed: HTTP 401.*is not set"):
-            s = with_reward("judge", url=server.url, key_env="NO_SUCH_KEY", model="other")
-            run.with_judge(s, records_of("open"), tmp_path)
+            run.judge_of(s, tmp_path)
+
+
+def test_without_a_judge_open_ended_records_are_left_out(capsys):
+    open_one = Record("a", "v.mp4", "who?", (), "Ann")
+    choices = Record("b", "v.mp4", "who?", ("Ann", "Bo"), "A")
+    assert run.without_open([choices]) == [choices] and not capsys.readouterr().out
+    assert run.without_open([open_one, choices]) == [choices]
+    assert "1 open-ended records are left out" in capsys.readouterr().out
+    with pytest.raises(RecordError, match="all records are open-ended: set config.prpo.reward"):
+        run.without_open([open_one])
 
 
 def test_a_judge_may_move_between_starts_but_not_change(tmp_path):

@@ -167,6 +167,9 @@ def test_open_ended_records(tokenizer, film):
     assert row.gold == -1 and row.chain.answer.tolist() == [0, -1, 0, 1]
     said = [tokenizer.decode(ids[ids >= 0]) for ids in row.choices]
     assert said[:2] == ["cat", "boat"] and not any(said[2:])
+    # In PRPO the chain is nothing, or its answers would be choices.
+    row = pipeline.Loader(tokenizer, settings, SEGMENTS, chains=False)(0, chained)
+    assert (row.choices == -1).all() and (row.chain.length == -1).all()
     row = load(0, dataclasses.replace(chained, answers=None))
     assert row.chain.answer.tolist() == [-1, -1, -1, 0]
     assert tokenizer.decode(row.choices[0][row.choices[0] >= 0]) == "a boat"

@@ -12,7 +12,6 @@ right nor wrong: no reward comes of it, and no share of right answers counts it.
 from __future__ import annotations
 
 import os
-import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -37,14 +36,15 @@ Judge = Callable[[Sequence[Case]], list[bool | None]]
 
 def exact(cases: Sequence[Case]) -> list[bool | None]:
     """Right where answer and reference have the same words, but for case, articles and signs."""
-    return [normal(case.answer) == normal(case.reference) for case in cases]
+    return [bool(c.answer.strip()) and normal(c.answer) == normal(c.reference) for c in cases]
 
 
 def normal(text: str) -> str:
     """A text as exact match compares it (SQuAD's rule, on Unicode's compatible forms)."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    signs = str.maketrans("", "", string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.translate(signs)).split())
+    words = text.translate(str.maketrans("", "", string.punctuation)).split()
+    # "A" by itself is no article.
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 class LLMJudge:

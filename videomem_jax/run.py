@@ -219,39 +219,38 @@ def read_records(s: settings.Settings, name: str, chains: bool = False) -> list[
     return found
 
 
-def with_judge(
-    s: settings.Settings, found: list[records.Record], workdir: pathlib.Path
-) -> tuple[list[records.Record], judge.Judge | None]:
-    """PRPO's records, and the judge of the open-ended ones; None where there are none of these.
+def judge_of(s: settings.Settings, workdir: pathlib.Path) -> judge.Judge | None:
+    """PRPO's judge of open-ended answers; None where only multiple choice earns a reward.
 
     Raises:
       LLMError: the judge cannot be asked.
       ConfigError: there is no room for an answer in words.
-      RecordError: all records are open-ended, but `prpo.reward` has nothing that judges them.
     """
-    count = sum(record.is_open for record in found)
-    if not count:
-        return found, None
     if s.prpo.reward == "choices":
-        found = [record for record in found if not record.is_open]
-        print(f"{count} open-ended records are left out, since config.prpo.reward='choices'")
-        if not found:
-            raise records.RecordError(
-                "all records are open-ended: set config.prpo.reward to 'exact' or 'judge'"
-            )
-        return found, None
+        return None
     if s.prompt.answer_tokens < 2:
         raise ConfigError(
             f"config.prompt.answer_tokens={s.prompt.answer_tokens} leaves no room for an answer in "
-            f"words: raise it, to 32 for instance, since {count} records are open-ended"
+            f"words, as config.prpo.reward={s.prpo.reward!r} asks for: raise it, to 32 for instance"
         )
-    # A chain's answers would be taken for choices.
-    found = [dataclasses.replace(r, memories=None, answers=None) if r.is_open else r for r in found]
     if s.prpo.reward == "exact":
-        return found, judge.exact
+        return judge.exact
     judging = judge.open_judge(s.judge, workdir / "judge.sqlite")
     judging.check()
-    return found, judging
+    return judging
+
+
+def without_open(found: list[records.Record]) -> list[records.Record]:
+    """The multiple-choice records; RecordError if there are none."""
+    left = [record for record in found if not record.is_open]
+    if len(left) < len(found):
+        count = len(found) - len(left)
+        print(f"{count} open-ended records are left out, since config.prpo.reward='choices'")
+    if not left:
+        raise records.RecordError(
+            "all records are open-ended: set config.prpo.reward to 'exact' or 'judge'"
+        )
+    return left
 
 
 @dataclasses.dataclass(frozen=True)

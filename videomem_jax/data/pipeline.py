@@ -68,8 +68,15 @@ class Loader:
     """Turns a record into one row of a Batch."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: cfg.Settings, segments: int, blind: bool = False
+        self,
+        tokenizer: Tokenizer,
+        settings: cfg.Settings,
+        segments: int,
+        blind: bool = False,
+        chains: bool = True,
     ):
+        """With `blind`, frames show nothing; without `chains`, those of records are not read."""
+        self.chains = chains
         self.tokenizer, self.settings, self.segments, self.blind = (
             tokenizer,
             settings,
@@ -125,14 +132,17 @@ class Loader:
         sizes = self.settings.prompt
         texts, how = record.options, sizes.answer
         if record.is_open:
-            texts, how = _told(record) if record.memories is not None else (), "text"
+            texts, how = _told(record) if self._chained(record) else (), "text"
         return answers(self.tokenizer, texts, how, sizes.options, sizes.answer_tokens)
+
+    def _chained(self, record: Record) -> bool:
+        return self.chains and record.memories is not None
 
     def _chain(self, record: Record) -> Chain:
         t, slots = self.segments, self.settings.memory.slots
         memory = np.full((t, slots), self.tokenizer.ids.pad, np.int32)
         length, answer = np.full(t, -1, np.int32), np.full(t, -1, np.int32)
-        if record.memories is not None:
+        if self._chained(record):
             if len(record.memories) != t:
                 raise PromptError(
                     f"{record.id} has {len(record.memories)} memories, but the run has {t} segments"
