@@ -72,7 +72,7 @@ def desk(made):
 def learnt(path):
     """What the cold start reads, by id."""
     s = settings.Settings(data=settings.Data(folder=str(path.parent)))
-    return {r.id: r for r in run.training_data(s, path.name, chains=True)}
+    return {r.id: r for r in run.training_data(s, path.name, chains=True, open_ended=True)}
 
 
 def test_decisions_reach_the_cold_start(made, desk):

@@ -288,7 +288,7 @@ def record_in(row: Any, folder: str | os.PathLike, allow_outside: bool = False) 
     """
     record = Record.from_row(row)
     return dataclasses.replace(
-        record, video=_place(record.video, os.path.abspath(folder), allow_outside)
+        record, video=place(record.video, os.path.abspath(folder), allow_outside)
     )
 
 

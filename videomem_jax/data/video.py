@@ -59,7 +59,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     try:
         found = os.stat(path)
     except OSError:
-        raise VideoError(f"{path}: there is no such video file.") from None
+        raise VideoError(f"{path}: there is no such video file.", "missing") from None
     return _probed(os.fspath(path), found.st_size, found.st_mtime_ns)
 
 
