@@ -82,7 +82,10 @@ def test_json_is_all_there_is(call, weights):
     [
         (["gone.mp4", QUESTION], "gone.mp4: there is no such video file."),
         ([FILM, ""], "'question' must not be empty."),
-        ([FILM, QUESTION, "--options", "cat"], "'options' must hold 2 to 26 strings, found 1."),
+        (
+            [FILM, QUESTION, "--options", "cat"],
+            "'options' must hold 2 to 26 strings, or none for an open-ended question, found 1.",
+        ),
         ([FILM, QUESTION, "--segments", "0"], "segments=0 must be a number from 1 on, or 'auto'"),
         ([FILM, QUESTION, "--frames", "3"], "frames=3 must be an even number, since frames go in"),
         ([FILM, QUESTION, "--slots", "0"], "config.memory.slots=0 must be at least 1"),

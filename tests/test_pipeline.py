@@ -483,10 +483,10 @@ def evaluated(n, batch, readers, bad=()):
 def test_evaluation_is_shared_by_the_readers():
     rounds, skips = evaluated(11, 4, 2, bad=("1", "3", "5"))
     assert rounds == [[[0, 2], [7, 9]], [[4, 6], []], [[8, 10], []]]
-    assert skips == [{}, {"VideoError": 3}]
+    assert skips == [{}, {"broken": 3}]
     # A reader without any record takes part, and counts nothing.
     rounds, skips = evaluated(3, 8, 4, bad=("2",))
-    assert rounds == [[[0], [1], [], []]] and skips == [{}, {}, {"VideoError": 1}, {}]
+    assert rounds == [[[0], [1], [], []]] and skips == [{}, {}, {"broken": 1}, {}]
     with pytest.raises(RecordError, match="none of the 2 records"):
         evaluated(2, 4, 4, bad=("0", "1"))
 

@@ -335,7 +335,10 @@ def test_data_that_are_not_there(mistake, tmp_path, small):
     folder.mkdir()
     flags = (DEMO, small[1], "--config.data.task=records", f"--config.data.folder={folder}")
     said = mistake("train.py", *flags, "--config.coldstart.steps=0")
-    assert said == f"Cannot read the records of {folder}/train.jsonl: No such file or directory."
+    assert said == (
+        f"{folder}/train.jsonl does not exist: give a .jsonl of records, or the folder of "
+        f"VideoMarathon or LLaVA-Video-178K."
+    )
     row = {"id": "a", "video": "a.mp4", "question": "q", "options": ["x", "y"], "answer": "A"}
     text = json.dumps(row) + "\n"
     # A record without memories teaches a cold start nothing.
@@ -345,7 +348,7 @@ def test_data_that_are_not_there(mistake, tmp_path, small):
     # With them, PRPO's missing file is found before the cold start.
     (folder / "coldstart.jsonl").write_text(json.dumps(row | {"memories": ["", "x"]}))
     (folder / "train.jsonl").unlink()
-    assert mistake("train.py", *flags).endswith("train.jsonl: No such file or directory.")
+    assert f"{folder}/train.jsonl does not exist" in mistake("train.py", *flags)
 
 
 def test_workdir_of_another_config(mistake, tmp_path, small):
@@ -353,7 +356,7 @@ def test_workdir_of_another_config(mistake, tmp_path, small):
     workdir = tmp_path / "run"
     flags = (DEMO, small[1], "--config.data.task=records", f"--config.data.folder={tmp_path}")
     missing = mistake("train.py", *flags)
-    assert "Cannot read the records" in missing
+    assert "coldstart.jsonl does not exist" in missing
     assert mistake("train.py", *flags, "--config.seed=1") == missing
     (workdir / "metrics.jsonl").write_text("{}\n")
     for script in ("train.py", "eval.py"):

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -336,7 +337,11 @@ def test_stopped_at_any_moment_it_goes_on(data, how):
         words += ["--vlm-name", "v", "--model", run.BASE]
         root = Path(chains.__file__).parents[2]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, *map(str, words)], cwd=root, **pipes)
+        # Where the tests run in the background, their shell has processes ignore Ctrl-C.
+        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=root, preexec_fn=heeds, **pipes
+        )
 
     log = chain_files.beside(data / "coldstart.jsonl", "chains.jsonl")
     with serving(vlm) as see, serving(slow) as think:
