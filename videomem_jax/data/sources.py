@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from videomem_jax import settings as cfg
 from videomem_jax.data import chain_files, llava_video, records, videomarathon
 from videomem_jax.data.records import Record, RecordError, Skipped
-from videomem_jax.data.table import RecordTable, open_table
+from videomem_jax.data.record_table import RecordTable, open_table
 
 CACHE = "~/.cache/videomem_jax"
 _FOREIGN = {"VideoMarathon": videomarathon, "LLaVA-Video-178K": llava_video}
@@ -45,7 +45,7 @@ def open_records(
 
     Args:
       path: of the data set.
-      cache: folder for what makes large sets accessible (see `table`); "" is `CACHE`.
+      cache: folder for what makes large sets accessible (see `record_table`); "" is `CACHE`.
       allow_outside: whether videos may lie outside the data set's folder.
       chains: whether the records are there for their chains of memory: where people have reviewed
         them, the records are those that the reviews leave (see `chain_files`).
