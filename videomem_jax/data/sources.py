@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Int
 
 from videomem_jax import settings as cfg
 from videomem_jax.data import chain_files, llava_video, records, videomarathon
-from videomem_jax.data.records import Record, RecordError, Skipped
 from videomem_jax.data.record_table import RecordTable, open_table
+from videomem_jax.data.records import Record, RecordError, Skipped
 
 CACHE = "~/.cache/videomem_jax"
 _FOREIGN = {"VideoMarathon": videomarathon, "LLaVA-Video-178K": llava_video}
