@@ -39,6 +39,7 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "prpo_tpu.py"
 FILM = next((needle_video.ASSETS / "film").glob("*.mp4"))
 PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16 operations a second of a chip
 CHIPS = 4  # of a host
+_WARM = 12  # records, more than are read ahead
 
 
 def needed(s: cfg.Settings, chip: str) -> float:
@@ -114,8 +115,9 @@ def measure(s: cfg.Settings, count: int) -> dict:
     found, _ = records.read_records(pathlib.Path(s.data.folder) / "train.jsonl")
     loader = pipeline.Loader(Tokenizer.load(run.BASE), s, s.prompt.segments)
     batches = pipeline.Batches(found, loader, s, 1, 0, pipeline.Skips())
-    first = next(batches)  # workers and decoders have started
-    # What was read ahead is soon made up for: as many rows are ahead at the end.
+    # Workers and decoders start, and what is read ahead meanwhile is used up: from then on a row is
+    # taken as soon as it is there.
+    first = [next(batches) for _ in range(_WARM)][0]
     began, used = time.perf_counter(), _cpu()
     total = sum(int(next(batches).clip.patches.sum(dtype=np.int64)) for _ in range(count))
     took, used = time.perf_counter() - began, _cpu() - used
