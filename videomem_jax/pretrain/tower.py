@@ -97,7 +97,8 @@ def naming(
 
 
 def losses(tower, heads, patches, names, size):
-    """Cross-entropy of both names by each output, and which pairs the last one names right."""
+    """Cross-entropy of both names by each output [o], and which of them the first one (the features
+    that stand in place of the video tokens) has right [2, n]."""
     told = naming(tower, heads, patches, size)
     chosen = [
         jnp.take_along_axis(logp, name[None, :, None], -1)[..., 0]
