@@ -17,7 +17,7 @@ from videomem_jax.memory import Memory, Sampling
 from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.models.vision import VisionFeatures
 
-SLOTS, GROUP, SEGMENTS = 5, 4, 3
+SLOTS, GROUP, SEGMENTS, ANSWER_WEIGHT = 5, 4, 3, 2.5
 ALL = slice(None)
 
 
@@ -240,7 +240,7 @@ def chains(batch_of, form_of, tokenizer):
         choices=np.array(choices, np.int32),
         real=np.array([True, True, False]),
     )
-    supervised = jax.jit(lambda batch: memory.supervised(batch, form))
+    supervised = jax.jit(lambda batch: memory.supervised(batch, form, ANSWER_WEIGHT))
     return batch, words, form, jax.tree.map(np.asarray, supervised(batch))
 
 
@@ -254,18 +254,21 @@ def test_supervised_memories_before(chains):
 
 
 def test_supervised_targets(chains):
-    _, words, form, (_, tokens, learn) = chains
+    _, words, form, (_, tokens, weights) = chains
     ids = form.ids
     signs = {"[": ids.memory_open, "]": ids.memory_close, "(": ids.answer_open}
     signs |= {")": ids.answer_close, ".": ids.im_end} | words
-    # What is written ("_": not to be learnt, so that anything may stand there).
+    # What is written ("_": not to be learnt, so that anything may stand there), and its weight.
     expected = [["[x](x).", "[](_).", "[xyzxy](zy)."], ["", "[yz](xz).", "[z](__)."], [""] * 3]
     size = SLOTS + ROOM + fmt.TAGS
-    assert tokens.shape == learn.shape == (3, 3, size)
+    assert tokens.shape == weights.shape == (3, 3, size)
     for place in np.ndindex(3, 3):
         text = expected[place[0]][place[1]]
-        assert learn[place].tolist() == [i < len(text) and text[i] != "_" for i in range(size)]
-        got = tokens[place][learn[place]].tolist()
+        answer = range(text.find("(") + 1, text.find(")"))
+        weight = [ANSWER_WEIGHT if i in answer else 1.0 for i in range(len(text))]
+        weight = [0.0 if sign == "_" else w for sign, w in zip(text, weight, strict=True)]
+        assert weights[place].tolist() == weight + [0.0] * (size - len(text))
+        got = tokens[place][weights[place] > 0].tolist()
         assert got == [signs[sign] for sign in text if sign != "_"]
 
 

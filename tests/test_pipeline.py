@@ -29,7 +29,7 @@ from videomem_jax.data.video import VideoError
 from videomem_jax.models.config import ConfigError, VisionConfig
 from videomem_jax.models.decoder import place
 from videomem_jax.models.vision import VisionTower
-from videomem_jax.prompt import ENDS, GOES_ON, PromptError
+from videomem_jax.prompt import PromptError
 
 SEGMENTS, FRAMES, SLOTS, PREFIX, TOKENS = 4, 8, 60, 420, 6
 
@@ -125,16 +125,6 @@ def test_a_row_says_what_the_record_says(tokenizer, film):
         assert (slot[~row.prefix.mask[t]] == -1).all()
     np.testing.assert_array_equal(row.chain.length, [-1] * SEGMENTS)
     np.testing.assert_array_equal(row.chain.answer, [-1] * SEGMENTS)
-
-
-def test_only_the_last_clip_says_that_the_video_ends(tokenizer, film):
-    plain = pipeline.Loader(tokenizer, sizes(), SEGMENTS)(0, film[0])
-    told = pipeline.Loader(tokenizer, prompts(tell_end=True), SEGMENTS)(0, film[0])
-    extra = [len(tokenizer.encode(f"{text}\n")) for text in (GOES_ON,) * 3 + (ENDS,)]
-    assert (told.prefix.mask.sum(-1) - plain.prefix.mask.sum(-1)).tolist() == extra
-    texts = [tokenizer.decode(row) for row in told.prefix.tokens]
-    assert [ENDS in text for text in texts] == [False, False, False, True]
-    assert [GOES_ON in text for text in texts] == [True, True, True, False]
 
 
 def test_chains(tokenizer, film):

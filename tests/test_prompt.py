@@ -8,8 +8,6 @@ import pytest
 from videomem_jax import rollout
 from videomem_jax.models.config import ConfigError
 from videomem_jax.prompt import (
-    ENDS,
-    GOES_ON,
     Prompt,
     PromptError,
     answers,
@@ -55,17 +53,6 @@ def test_what_it_says(tokenizer):
     assert tokenizer._inner.decode(end, skip_special_tokens=False) == (
         "<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-def test_whether_the_video_ends(tokenizer):
-    """Said before the clip, so that an answer from memory sees it too."""
-    plain, goes_on, ends = (
-        write(tokenizer, last=last, size=None).tokens.tolist() for last in (None, False, True)
-    )
-    lines = tokenizer.encode(f"user\n{QUESTION}\nA. the cat\nB. the boat\nC. blue\n")
-    for told, tokens in (("", plain), (f"{GOES_ON}\n", goes_on), (f"{ENDS}\n", ends)):
-        head = tokenizer._inner.decode(tokens[1 : tokens.index(tokenizer.ids.vision_start)])
-        assert head == f"{tokenizer._inner.decode(lines)}{told}<0.5 seconds>"
 
 
 def test_slots_count_the_features_of_all_pairs(tokenizer):

@@ -45,8 +45,21 @@ def test_a_group_each():
     np.testing.assert_array_equal(got.total, [[1, 2, 0], [2, 2, 1]])
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_terminal_reward_counts_the_answer_at_the_last_step_only(last):
+# (clips left, tcr, discount), and what an answer is worth.
+WORTH = [
+    ((0, True, 0.5), 1.0),
+    ((3, True, 0.5), 0.125),
+    ((3, True, 1.0), 1.0),
+    ((1, True, 0.0), 0.0),
+    ((0, True, 0.0), 1.0),
+    ((1, False, 0.5), 0.0),
+    ((0, False, 0.5), 1.0),
+]
+
+
+@pytest.mark.parametrize("how, worth", WORTH)
+def test_early_answers_are_worth_less_or_nothing(how, worth):
+    left, tcr, discount = how
     got = cascading_reward(
         jnp.array([1, 0]),
         jnp.array([1, 1]),
@@ -55,9 +68,9 @@ def test_terminal_reward_counts_the_answer_at_the_last_step_only(last):
         alpha=1.0,
         beta=0.5,
         budget=5,
-        counts_answer=jnp.array(last),
+        worth=rewards.answer_worth(jnp.array(left), tcr, discount),
     )
-    np.testing.assert_array_equal(got.answer, [float(last), 0])
+    np.testing.assert_array_equal(got.answer, [worth, 0])
     np.testing.assert_array_equal(got.form + got.length, [1, 0])
 
 

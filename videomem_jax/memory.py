@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
 from videomem_jax import grammar as fmt
 from videomem_jax import prompt as prompts
@@ -236,13 +236,14 @@ def loop(
 
 
 def supervised(
-    batch: Batch, form: Format
-) -> tuple[Memory, Int[Array, "b t c"], Bool[Array, "b t c"]]:
+    batch: Batch, form: Format, answer_weight: float = 1.0
+) -> tuple[Memory, Int[Array, "b t c"], Float[Array, "b t c"]]:
     """A chain of memory as prompts and targets, all steps at once (cold start).
 
     Returns:
       The memories before each segment as paths ([b, t, m], M_0 first), the completions that write
-      M_t and the provisional answer, and which of their tokens are to be learnt.
+      M_t and the provisional answer, and the weight of each token in the loss: 0 where it is not to
+      be learnt, `answer_weight` for those of an answer, 1 for the others.
     """
     chain, ids = batch.chain, form.ids
     length = jnp.maximum(chain.length, 0)
@@ -265,4 +266,5 @@ def supervised(
     tokens = jnp.where(after == 3 + used, ids.im_end, tokens)
     known = (chain.length >= 0)[..., None] & batch.real[:, None, None]
     learn = (after < 4 + used) & known & (~told | (chain.answer >= 0)[..., None])
-    return before, tokens.astype(jnp.int32), learn
+    weights = jnp.where(learn, jnp.where(told, answer_weight, 1.0), 0.0)
+    return before, tokens.astype(jnp.int32), weights

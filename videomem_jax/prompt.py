@@ -4,7 +4,6 @@
     {question}
     A. {option}
     B. {option}
-    The video goes on.                     if asked for: whether this clip is the last
     <1.0 seconds><|vision_start|><|video_pad|>...<|vision_end|><3.0 seconds>...   a frame pair each
     <memory>{memory}</memory><|im_end|>
     <|im_start|>assistant
@@ -29,9 +28,6 @@ from videomem_jax.models.config import ConfigError
 from videomem_jax.models.positions import position_ids
 from videomem_jax.tokenizer import LETTERS, Tokenizer
 
-# Said of a clip, where the settings ask for it (`prompt.tell_end`).
-GOES_ON, ENDS = "The video goes on.", "The video ends."
-
 
 class PromptError(ValueError):
     """A prompt that does not fit; the message says by how much and which key to raise."""
@@ -53,7 +49,6 @@ def write_prefix(
     size: int | None,
     merge: int = 2,
     room: int | None = None,
-    last: bool | None = None,
 ) -> Prefix:
     """Tokens and positions of question, options and clip.
 
@@ -66,7 +61,6 @@ def write_prefix(
       merge: side of the merged block of patches.
       room: merged blocks that a pair has among the clip's features, those of padded patches
         counted; by default there are none of these.
-      last: whether to say that the video ends with this clip, or goes on; None says neither.
 
     Returns:
       A Prefix of numpy arrays of one segment.
@@ -83,8 +77,7 @@ def write_prefix(
     lettered = "".join(
         f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False)
     )
-    told = "" if last is None else f"{ENDS if last else GOES_ON}\n"
-    head = [ids.im_start, *tokenizer.encode(f"user\n{question}\n{lettered}{told}")]
+    head = [ids.im_start, *tokenizer.encode(f"user\n{question}\n{lettered}")]
     rows, cols = grid[0] // merge, grid[1] // merge
     tokens, slots = list(head), [np.full(len(head), -1)]
     per_pair = rows * cols

@@ -32,9 +32,9 @@ def cascading_reward(
     alpha: float,
     beta: float,
     budget: int,
-    counts_answer: Bool[Array, ""] | bool = True,
+    worth: Float[Array, ""] | float = 1.0,
 ) -> Reward:
-    """R = alpha [a = gold] + [the format is right] - beta max(0, |m| - L_max)   (VideoMem, TCR).
+    """R = alpha w [a = gold] + [the format is right] - beta max(0, |m| - L_max)   (VideoMem, TCR).
 
     Args:
       answer: index of the letter given; -1 where the format is broken, which is never right.
@@ -44,16 +44,30 @@ def cascading_reward(
       alpha: worth of a right answer.
       beta: cost of a memory token above the budget.
       budget: L_max, in tokens.
-      counts_answer: whether the answer counts at this step; with a terminal reward it does at
-        the last one only.
+      worth: of an answer at this step (w), see `answer_worth`.
     """
-    right = (answer == gold) & (answer >= 0) & counts_answer
+    right = (answer == gold) & (answer >= 0)
     over = jnp.maximum(0, length - budget).astype(jnp.float32)
     return Reward(
-        answer=alpha * right.astype(jnp.float32),
+        answer=alpha * worth * right.astype(jnp.float32),
         form=well_formed.astype(jnp.float32),
         length=-beta * over,
     )
+
+
+def answer_worth(left: Int[Array, ""], tcr: bool, discount: float) -> Float[Array, ""]:
+    """w = discount^left with the cascading reward; without it, only the last answer counts.
+
+    The paper has no discount (1). But the answer that is right after the whole video may be wrong
+    by what was shown so far (of the last card, or the number of cards), and then an early reward
+    asks for anything but what the memory says.
+
+    Args:
+      left: clips that come after this one.
+      tcr: whether the reward is cascading.
+      discount: of an answer for each of these clips.
+    """
+    return jnp.asarray(discount if tcr else 0.0, jnp.float32) ** left
 
 
 class Judged(NamedTuple):

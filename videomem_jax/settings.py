@@ -83,16 +83,11 @@ class Prompt:
     answer_tokens: int = 1  # room for an answer
     answer_from: str = "all"  # what an answer may be read off: "all", or question and "memory"
     options: int = 10  # most options that a question has
-    tell_end: bool = False  # say with each clip whether it is the video's last
 
     @property
     def from_memory(self) -> bool:
         """Whether an answer may be read off the question and the new memory only."""
         return self.answer_from == "memory"
-
-    def is_last(self, segment: int, segments: int) -> bool | None:
-        """What the prompt of a segment (from 0) says of the video's end; None for nothing."""
-        return segment == segments - 1 if self.tell_end else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +118,7 @@ class Coldstart:
     steps: int = 800  # 0 leaves this phase out
     batch: int = 32  # examples; each gives one sequence a segment
     accumulate: int = 1  # micro-batches a step; 0: a prompt a device at a time
+    answer_weight: float = 1.0  # of an answer's tokens in the loss; a memory's have 1
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 
@@ -137,6 +133,7 @@ class PRPO:
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
     tcr: bool = True  # reward every step; off: the answer counts after the last clip only
+    discount: float = 1.0  # worth of a right answer for each clip that is still to come
     penalty: bool = True  # memory tokens beyond the budget cost
     # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" only
     # multiple choice earns a reward: open-ended records are left out.
@@ -455,6 +452,7 @@ def _check(s: Settings) -> None:
     need(g >= 2, "prpo.group_size", g, "at least 2: an advantage is relative to a group")
     need(1 <= k <= g and g % k == 0, "prpo.paths", k, f"a divisor of group_size={g}")
     need(0 < s.prpo.gamma <= 1, "prpo.gamma", s.prpo.gamma, "above 0 and at most 1")
+    need(0 <= s.prpo.discount <= 1, "prpo.discount", s.prpo.discount, "0 to 1")
     for key, value in (
         ("data.time_limit", s.data.time_limit),
         ("prpo.tau_0", s.prpo.tau_0),
@@ -462,6 +460,7 @@ def _check(s: Settings) -> None:
         ("prpo.temperature", s.prpo.temperature),
         ("judge.timeout", s.judge.timeout),
         ("judge.limit", s.judge.limit),
+        ("coldstart.answer_weight", s.coldstart.answer_weight),
         ("coldstart.optimizer.learning_rate", s.coldstart.optimizer.learning_rate),
         ("prpo.optimizer.learning_rate", s.prpo.optimizer.learning_rate),
     ):

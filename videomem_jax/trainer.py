@@ -176,8 +176,8 @@ class Trainer:
         last = batch.prefix.next_position.shape[1] - 1
 
         def choose(parsed: Parsed, segment, key):
-            is_last = segment == last
-            return self.judge(parsed, parsed.answer, batch.gold, None, is_last, key, step)
+            left = last - segment
+            return self.judge(parsed, parsed.answer, batch.gold, None, left, key, step)
 
         steps = mem.loop(model, self.form, batch, features, key, self.sampling, choose)
         return self.rows(batch, features, steps), self.rollout_metrics(batch, steps, step)
@@ -194,7 +194,7 @@ class Trainer:
         answer: Int[Array, "b g"],
         gold: Int[Array, " b"],
         known: Bool[Array, "b g"] | None,
-        is_last: Bool[Array, ""],
+        left: Int[Array, ""],
         key: jax.Array,
         step: Int[Array, ""],
     ) -> tuple[Int[Array, "b k"], Judged]:
@@ -205,13 +205,13 @@ class Trainer:
           answer: their answers by index, right where it is `gold`.
           gold: of each example.
           known: False where nobody could say whether the answer is right; None if all are known.
-          is_last: whether this is the last segment.
+          left: segments that come after this one.
           key: of the draw.
           step: of the phase, which anneals the draw.
         """
         p = self.settings.prpo
         gold = jnp.broadcast_to(gold[:, None], answer.shape)
-        counts = p.tcr | is_last
+        worth = rewards.answer_worth(left, p.tcr, p.discount)
         reward = cascading_reward(
             answer,
             gold,
@@ -220,9 +220,9 @@ class Trainer:
             alpha=p.alpha,
             beta=p.beta if p.penalty else 0.0,
             budget=self.settings.memory.budget,
-            counts_answer=counts,
+            worth=worth,
         )
-        has_reward = None if known is None else known | ~counts
+        has_reward = None if known is None else known | (worth == 0)
         advantages = prpo.group_advantages(reward.total, p.adv_norm, has_reward)
         paths, tau = self.settings.paths, self.tau(step)
         chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, paths)
@@ -336,19 +336,20 @@ class Trainer:
         self, state: TrainState, frozen, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on chains of memory: cross-entropy of each M_t and answer."""
-        before, tokens, learn = mem.supervised(batch, self.form)
+        answers = self.settings.coldstart.answer_weight
+        before, tokens, weights = mem.supervised(batch, self.form, answers)
         by_segment = lambda a: jnp.moveaxis(a, 1, 0)  # noqa: E731
         parts = micro_batches(
             (
-                jax.tree.map(by_segment, (batch.prefix, batch.clip, before, tokens, learn)),
+                jax.tree.map(by_segment, (batch.prefix, batch.clip, before, tokens, weights)),
                 jnp.broadcast_to(batch.choices, (tokens.shape[1], *batch.choices.shape)),
             ),
             self.settings.coldstart.accumulate,
         )
-        count = jnp.maximum(learn.sum(), 1)
+        count = jnp.maximum(weights.sum(), 1)
 
         def loss(trained, part):
-            (prefix, clip, memory, tokens, learn), choices = part
+            (prefix, clip, memory, tokens, weights), choices = part
             model = self.merge(trained, frozen)
             memory = mem.Memory(memory.tokens[:, None], memory.length[:, None])
             context = mem.context(model, self.form, prefix, mem.see(model, clip), memory)
@@ -358,11 +359,12 @@ class Trainer:
                 context,
                 choices,
                 tokens[:, None],
-                learn[:, None],
+                weights[:, None] > 0,
                 temperature=1.0,
                 chunk=self.settings.model.chunk,
             )
-            return -logprobs.sum() / count, -logprobs.sum() / count
+            value = -(logprobs[:, 0] * weights).sum() / count
+            return value, value
 
         nll, grads = accumulate(loss, state.trained, parts)
         new, norm = self._step(state, grads)

@@ -306,12 +306,10 @@ class VideoMem:
             frames = videos.read_frames(video, clip_times, size)
             clip = make_clips(frames, 1, p.max_pixels)
 
-            last = p.is_last(number - 1, len(times))
-
-            def written(length, clip_times=clip_times, last=last):
+            def written(length, clip_times=clip_times):
                 grid = (height // 16, width // 16)
                 how = (tokenizer, question, options, clip_times, grid, length)
-                return prompts.write_prefix(*how, room=p.max_pixels // 1024, last=last)
+                return prompts.write_prefix(*how, room=p.max_pixels // 1024)
 
             # One static length; it grows (and compiles again) only for a question that needs it.
             needed = len(written(None).tokens)

@@ -137,7 +137,6 @@ def identity(c: Config, s: cfg.Settings, benchmark: Benchmark) -> dict[str, Any]
         "slots": s.memory.slots,
         "answer": s.prompt.answer,
         "answer_from": s.prompt.answer_from,
-        "tell_end": s.prompt.tell_end,
         "prompt": c.prompt,
         "memory": c.memory,
         "video": c.video,

@@ -97,8 +97,7 @@ def fitted(
     """
     p, (clips, frames) = settings.prompt, way.clips
     pair = p.max_pixels // 1024 + len(tokenizer.encode(_LONGEST_TIME)) + 2
-    end = f"{prompts.GOES_ON}\n" if p.tell_end else ""
-    text = max(len(tokenizer.encode(f"user\n{asked(q, way)}\n{end}")) for q in questions) + 1
+    text = max(len(tokenizer.encode(f"user\n{asked(q, way)}\n")) for q in questions) + 1
     room = _OPEN_TOKENS
     if not questions[0].is_open:
         how = (p.answer, len(LETTERS), _OPTION_TOKENS)

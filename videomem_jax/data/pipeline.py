@@ -85,9 +85,8 @@ class Loader:
                 (height // 16, width // 16),
                 sizes.prefix_tokens,
                 room=sizes.max_pixels // 1024,
-                last=sizes.is_last(i, self.segments),
             )
-            for i, t in enumerate(times)
+            for t in times
         ]
         return Batch(
             prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),
