@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 
 import einops
 import jax
@@ -95,6 +96,11 @@ def test_talks_are_true():
             elif kind == "Pictures":
                 assert all(name in [c for c, _ in cards] for name in names)
                 assert told.split() == [p for n in names for c, p in cards if c == n]
+            elif kind == "After":
+                after = {a: b for (_, a), (_, b) in itertools.pairwise(cards)}
+                assert told.split() == [after[name] for name in names]
+            elif kind == "Count":
+                assert [told] == [str([c for c, _ in cards].count(name)) for name in names]
             else:
                 assert told == true_answer(asked, cards)[0]
 

@@ -32,13 +32,20 @@ def memory_text(cards: Iterable[CardFacts]) -> str:
     return " ".join(f"{card['colour']} {card['picture']}" for card in cards)
 
 
+# What a chain prefers to keep: any card, the first ones, the last ones, those of one colour.
+HABITS = ("any", "first", "last", "colour")
+
+
 def chain(
     record: records.Record, rng: np.random.Generator, budget_cards: int, keep: float = 0.7
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Draws a chain of memories and provisional answers for a record of the task.
 
-    After each clip, each card of the memory before and of the clip is kept with probability
-    `keep`; while more than `budget_cards` remain, random ones are dropped.
+    The chain has a habit, drawn whatever the question: it likes some cards better than others
+    (`HABITS`), and holds at most 2 to `budget_cards` of them. After each clip, each card of the
+    memory before and of the clip is kept with probability `keep`; of those that are left the best
+    liked stay. So whatever a question may need is sometimes kept as a whole, for reinforcement
+    learning to find: cards dropped one by one at random hardly ever leave all of one colour.
 
     Returns:
       For each clip, the memory after it, and the letter of the option that the memory supports.
@@ -46,18 +53,36 @@ def chain(
       taught, answers that are supported become uncertain too (of the demo's test questions about a
       colour, 64% of those supported were answered right after the cold start; with A, 90%).
     """
-    held: list[CardFacts] = []
+    cards = record.meta["cards"]
+    liked = _order(rng, cards)
+    most = int(rng.integers(min(2, budget_cards), budget_cards + 1))
+    held: list[int] = []
     memories, answers = [], []
     for segment in range(round(record.duration / needle_video.CLIP_SECONDS)):
-        held += [card for card in record.meta["cards"] if card["segment"] == segment]
-        held = [card for card in held if rng.random() < keep]
-        while len(held) > budget_cards:
-            held.pop(rng.integers(len(held)))
-        memories.append(memory_text(held))
-        answer = supported_answer(record, held)
+        held += [i for i, card in enumerate(cards) if card["segment"] == segment]
+        held = [i for i in held if rng.random() < keep]
+        held = sorted(sorted(held, key=liked.__getitem__)[:most])
+        kept = [cards[i] for i in held]
+        memories.append(memory_text(kept))
+        answer = supported_answer(record, kept)
         known = answer in record.options
         answers.append(records.LETTERS[record.options.index(answer) if known else 0])
     return tuple(memories), tuple(answers)
+
+
+def _order(rng: np.random.Generator, cards: Sequence[CardFacts]) -> list[float]:
+    """The place of each card in the order of a habit's liking, the best liked first."""
+    habit = rng.choice(HABITS)
+    place = np.arange(len(cards))
+    if habit == "first":
+        return list(place)
+    if habit == "last":
+        return list(-place)
+    order = rng.random(len(cards))
+    if habit == "colour":
+        colour = rng.choice([card["colour"] for card in cards])
+        order -= [card["colour"] == colour for card in cards]
+    return list(order)
 
 
 def supported_answer(record: records.Record, held: Sequence[CardFacts]) -> str | None:

@@ -35,7 +35,7 @@ SIZE, GRID = (64, 96), (4, 6)
 FRAMES = {"pair": 2, "clip": 8}
 CARDS = {"pair": (0.1, 0.9), "clip": (0.1, 0.3, 0.35, 0.25)}
 # Room for a prompt about two frames, a clip, a text; and for a reply.
-PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 128, 56, 14
+PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 116, 54, 14
 TALK_PREFIX, TALK = 32, 96
 # An answer is one token of a reply of up to 13, and the hardest one.
 ANSWER_WEIGHT = 3.0
@@ -105,7 +105,7 @@ def encode_talk(tokenizer: Tokenizer, notes: str, turns: Sequence[tuple[str, str
 def encode_reply(tokenizer, task, times, size, reply, weight, room):
     """A prompt and the ids that go on from it, with the weight of each in the loss."""
     asked = (tokenizer, task.question, task.options)
-    long = prompt.write_prefix(*asked, times, GRID, 4 * size, last=task.last)
+    long = prompt.write_prefix(*asked, times, GRID, 4 * size)
     used = int(long.mask.sum())
     tail = [*tokenizer.encode(task.tail), *prompt.turn_end(tokenizer)]
     total = used + len(tail)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from videomem_jax.data import needle_chains, needle_video
-from videomem_jax.prompt import ENDS, GOES_ON
 from videomem_jax.tokenizer import LETTERS
 
 Cards = Sequence[tuple[str, str]]
@@ -36,7 +35,6 @@ class Task:
     tail: str
     reply: str
     answer: str = ""
-    last: bool | None = None  # whether the prompt says that the clip is the last; None for neither
 
 
 def text(cards: Cards) -> str:
@@ -50,13 +48,17 @@ def draw_cards(
     count: int,
     without: Cards = (),
 ) -> list[tuple[str, str]]:
-    """Cards with pictures that differ from each other and from those of `without`."""
+    """Cards with pictures that differ from each other and from those of `without`.
+
+    At most four of them have one colour, as in the task's videos.
+    """
     taken = {picture for _, picture in without}
     free = [p for p in needle_video.PICTURES if p not in taken]
     pictures = rng.choice(free, count, replace=False)
     # A narrow palette makes colours repeat, which counting needs.
     palette = rng.choice(list(needle_video.COLOURS), int(rng.integers(2, 9)), replace=False)
-    return [(str(rng.choice(palette)), str(picture)) for picture in pictures]
+    colours = rng.choice(np.repeat(palette, 4), count, replace=False)
+    return [(str(colour), str(picture)) for colour, picture in zip(colours, pictures, strict=True)]
 
 
 def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], str, str] | None:
@@ -71,17 +73,12 @@ def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], s
     kinds = ["first", "last", *["count"] * 3]
     alone = [i for i, c in enumerate(colours) if colours.count(c) == 1]
     kinds += ["colour"] * 3 if alone else []
-    kinds += ["after"] * 2 if len(cards) > 1 else []
+    kinds += ["after"] * 4 if len(cards) > 1 else []
     kind = rng.choice(kinds)
     if kind == "count":
-        # As many questions with one answer as with another.
-        numbers = sorted(n for n in {colours.count(c) for c in colours} if n <= 4)
-        if not numbers:
-            return None
-        number = int(rng.choice(numbers))
-        colour = str(rng.choice([c for c in dict.fromkeys(colours) if colours.count(c) == number]))
+        number, colour = _counted(rng, colours)
         name = text([card for card in cards if card[0] == colour])
-        return f"How many {colour} cards were there?", tuple("1234"), str(number), name
+        return f"How many {colour} cards were there?", tuple("1234"), number, name
     if kind == "colour":
         gold = int(rng.choice(alone))
         question = f"Which picture was on the {colours[gold]} card?"
@@ -104,6 +101,13 @@ def ask(rng: np.random.Generator, cards: Cards) -> tuple[str, tuple[str, ...], s
     place = int(rng.integers(0, 4))
     options.insert(place, cards[gold][1])
     return question, tuple(options), cards[gold][1], text([cards[gold]])
+
+
+def _counted(rng: np.random.Generator, colours: Sequence[str]) -> tuple[str, str]:
+    """A number of cards, those that there are being equally likely, and a colour of so many."""
+    number = int(rng.choice(sorted({colours.count(c) for c in colours})))
+    of_these = [c for c in dict.fromkeys(colours) if colours.count(c) == number]
+    return str(number), str(rng.choice(of_these))
 
 
 def only(rng: np.random.Generator, cards: Cards, before: str) -> Task:
@@ -151,12 +155,6 @@ def of_frames(shown: Cards) -> Task:
 
 def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
     """An exchange about a clip that shows these cards."""
-    task = _with_clip(rng, shown)
-    # To be used to it: nothing of the reply depends on it.
-    return dataclasses.replace(task, last=(None, False, True)[int(rng.integers(3))])
-
-
-def _with_clip(rng: np.random.Generator, shown: Cards) -> Task:
     kind = rng.random()
     notes: Cards = []
     if rng.random() < 0.6:
@@ -182,21 +180,30 @@ def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
     turns = []
     for _ in range(16):
         kind = rng.random()
-        some = [cards[i] for i in rng.permutation(len(cards))[: int(rng.integers(1, 4))]]
+        some = rng.permutation(len(cards))[: int(rng.integers(1, 4))]
         if kind < 0.1:
-            pictures = " ".join(picture for _, picture in some)
-            turns.append((f"Colours {pictures}.", " ".join(colour for colour, _ in some)))
-        elif kind < 0.4:
-            some = [card for card in some if colours.count(card[0]) == 1]
-            if some:
-                wanted = " ".join(colour for colour, _ in some)
-                turns.append((f"Pictures {wanted}.", " ".join(picture for _, picture in some)))
+            turns.append(_look_up("Colours", [cards[i][::-1] for i in some]))
+        elif kind < 0.25:
+            some = [i for i in some if colours.count(colours[i]) == 1]
+            turns.append(_look_up("Pictures", [cards[i] for i in some]))
+        elif kind < 0.45:
+            pairs = [(cards[i][1], cards[i + 1][1]) for i in some if i + 1 < len(cards)]
+            turns.append(_look_up("After", pairs))
         elif kind < 0.55:
+            number, colour = _counted(rng, colours)
+            turns.append((f"Count {colour}.", number))
+        elif kind < 0.65:
             task = only(rng, cards, "")
             turns.append((task.question or task.tail, task.reply))
         elif asked := ask(rng, cards):
             turns.append((asked[0], asked[2]))
+    turns = [turn for turn in turns if turn[1]]
     return f"Notes: {text(cards)}", turns
+
+
+def _look_up(what: str, pairs: Cards) -> tuple[str, str]:
+    """What to find, and what is found: the second word of each pair."""
+    return f"{what} {' '.join(a for a, _ in pairs)}.", " ".join(b for _, b in pairs)
 
 
 def without_clip(rng: np.random.Generator) -> Task:
@@ -216,9 +223,8 @@ def corpus(seed: int, lines: int = 4000) -> Iterator[str]:
         if rng.random() < 0.3:
             task = without_clip(rng)
         options = "".join(f"{a}. {o}\n" for a, o in zip(LETTERS, task.options, strict=False))
-        told = (GOES_ON, ENDS)[int(rng.integers(2))]
-        stamp = f"{told}\n<{rng.integers(0, 1000) / 10} seconds>\n"
+        stamp = f"<{rng.integers(0, 1000) / 10} seconds>\n"
         reply = f"{task.reply}\n {task.answer}"
         notes, turns = talk(rng)
-        yield "\n".join([notes, *(f"{asked} {told}" for asked, told in turns)])
+        yield "\n".join([notes, *(f"{asked} {found}" for asked, found in turns)])
         yield f"user\n{task.question}\n{options}{stamp}{task.tail} {reply}\nassistant\n"
