@@ -31,6 +31,9 @@ def get_config():
     config.coldstart.steps = 200
     config.coldstart.batch = 16
     config.coldstart.accumulate = 2
+    # Its answers are one token in ten: with weight 1, 69% of those that the memory supported were
+    # right where the last card was asked for, and 62% for the first one; with 4, 100 and 91%.
+    config.coldstart.answer_weight = 4.0
     config.coldstart.optimizer.learning_rate = 2e-3
     config.prpo.steps = 300
     config.prpo.batch = 16
