@@ -9,8 +9,9 @@ seconds of the process's work (which other programs on the machine disturb less)
 * ask: peak memory of a whole question of 4 segments of 32 frames;
 * read: seconds of that question once it is compiled (median of 3): decoding, vision, memories;
 * frames: seconds to find and decode 4 x 32 frames alone (median of 5, opening the file included);
-  samples of the long file lie further apart than its keyframes, so each needs half a group of
-  pictures of its own, where those of the short file share them: it decodes three times the frames;
+* exact: the same without moving times to keyframes (`videomem.SNAP`), as training and benchmarks
+  read. Samples of the long file then need half a group of pictures each, where those of the short
+  one share them: it decodes three times the frames;
 * dense: seconds of reading in 10 to 80 segments of 8 frames, after the compile, and how far the
   points are from a line.
 
@@ -100,8 +101,8 @@ def model_of(kind, frames: int):
     )
 
 
-def frames(video: str) -> dict:
-    """Seconds to read 4 x 32 frames, at the size that a Qwen3-VL takes them."""
+def frames(video: str, **how) -> dict:
+    """Seconds to read 4 x 32 frames, at the size that a Qwen3-VL takes them; `how` for the plan."""
     from videomem_jax import settings, videomem
     from videomem_jax.data import video as videos
     from videomem_jax.data.sampling import frame_size
@@ -110,7 +111,7 @@ def frames(video: str) -> dict:
 
     def once():
         size = frame_size(video, sizes.prompt.max_pixels)
-        for clip in videomem.plan(video, sizes, 4, 32):
+        for clip in videomem.plan(video, sizes, 4, 32, **how):
             assert videos.read_frames(video, clip, size).shape[0] == 32
         videos._probed.cache_clear()
 
@@ -146,6 +147,7 @@ def line(seconds: list[float]) -> dict:
 
 
 WORK = {"ask": lambda video: ask(video, 4, 32), "frames": frames, "dense": dense}
+WORK["exact"] = lambda video: frames(video, snap=0.0)
 
 
 def alone(work: str, video: pathlib.Path) -> dict:
@@ -176,7 +178,7 @@ def main() -> None:
             loop(part, seconds)
             part.replace(video)
         found[name] = {"bytes": video.stat().st_size}
-        found[name] |= {work: alone(work, video) for work in ("ask", "frames")}
+        found[name] |= {work: alone(work, video) for work in ("ask", "frames", "exact")}
     found["10 hours"]["dense"] = alone("dense", arguments.folder / "10_hours.mp4")
     (arguments.folder / "long_video.json").write_text(json.dumps(found, indent=1))
 
@@ -187,6 +189,7 @@ def main() -> None:
         for name, times in (
             ("asked about", [part["ask"]["read"][kind] for part in (short, long)]),
             ("decoded", [part["frames"][kind] for part in (short, long)]),
+            ("decoded, exact times", [part["exact"][kind] for part in (short, long)]),
         ):
             a, b = times
             print(f"4 x 32 frames {name}, {kind}: {a:.2f} s and {b:.2f} s, {b / a:.2f} x")

@@ -38,6 +38,9 @@ from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import LETTERS, Tokenizer
 
 AUTO_SECONDS = 120.0  # of video that "auto" gives a segment, where that makes more of them
+# Share of the distance between two frames by which a question's may move to keyframes: nothing to a
+# film that fits its frames, a tenth of five minutes in one of ten hours.
+SNAP = 0.1
 _OPEN_TOKENS = 64  # room for the answer to an open question
 _OPTION_TOKENS = 64  # of the longest option that can be answered by its text
 _STEP = 256  # prompts that need more than the model's usual room are padded to multiples of this
@@ -115,6 +118,7 @@ def plan(
     frames: int | None = None,
     start: float | None = None,
     end: float | None = None,
+    snap: float = SNAP,
 ) -> Float[np.ndarray, "t f"]:
     """The times of the frames that are read of a video, in seconds.
 
@@ -125,6 +129,8 @@ def plan(
         trained with as far as the video has frames for them. By default the model's own number.
       frames: of a segment, even. By default the model's own number.
       start, end: of the part that is read, in seconds; by default the whole video.
+      snap: share of the distance between frames by which each may move to a keyframe; 0 takes the
+        times that training and benchmarks take.
 
     Raises:
       VideoError: the video cannot be read, or has too few frames.
@@ -141,7 +147,7 @@ def plan(
         segments = max(1, min(wanted, round(length * info.fps) // frames))
     if not isinstance(segments, int) or segments < 1:
         raise ConfigError(f"segments={segments!r} must be a number from 1 on, or 'auto'")
-    return videos.sample_times(video, segments, frames, start, end)
+    return videos.sample_times(video, segments, frames, start, end, snap)
 
 
 def check_question(question: str, options: Sequence[str] | None) -> tuple[str, ...]:

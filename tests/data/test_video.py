@@ -253,6 +253,29 @@ def test_sample_times(tmp_path):
         video.sample_times(path, 1, 1, 0.0, 12.0)
 
 
+@pytest.mark.parametrize("bf", ["0", "2"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_times_move_to_keyframes(tmp_path, name, bf):
+    """At 4 frames a second with a keyframe every 5 s: those in reach, and no others."""
+    frames = moving_frames(400)
+    path = encode(tmp_path / name, frames, g="20", bf=bf, sc_threshold="0")
+    exact = video.sample_times(path, 2, 4)
+    np.testing.assert_array_equal(video.sample_times(path, 2, 4, snap=0.0), exact)
+    moved = video.sample_times(path, 2, 4, snap=0.1)  # at most 1.25 s
+    assert exact.ravel().tolist() == [6.25, 18.75, 31.25, 43.75, 56.25, 68.75, 81.25, 93.75]
+    near = np.round(exact / 5) * 5
+    assert (np.abs(moved - np.where(np.abs(near - exact) < 1.2, near, exact)) <= 0.13).all()
+    far = video.sample_times(path, 2, 4, snap=0.5)
+    assert (np.abs(far - near) <= 0.13).all()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        shown = list(seek.frames_at(path, container, stream, far.ravel(), 4.0))
+    assert all(frame.key_frame for frame in shown)
+    # A part keeps its bounds.
+    part = video.sample_times(path, 1, 2, 21.0, 29.0, snap=0.5)
+    assert (part >= 21.0).all() and (part < 29.0).all()
+
+
 @pytest.mark.parametrize(
     ("height", "width", "max_pixels", "wanted"),
     [

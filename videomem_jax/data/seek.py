@@ -69,6 +69,36 @@ def frames_at(
     yield from scanned(path, container, stream, times, fps)
 
 
+def snapped(container, stream, times: Sequence[float], room: float, fps: float) -> list[float]:
+    """The times, each moved to the nearest keyframe where the container lists one in reach.
+
+    A keyframe is decoded alone, any other frame with all those from its keyframe on.
+
+    Args:
+      container, stream: of the opened video.
+      times: seconds from the video's start.
+      room: seconds by which a time may move.
+      fps: frames a second, on average.
+    """
+    start, second = stream.start_time or 0, 1 / float(stream.time_base)
+    # Matroska's list is read at the first jump.
+    container.seek(int(start + times[0] * second), stream=stream)
+    entries = stream.index_entries
+    if not len(entries):
+        return list(times)
+    # The list tells when keyframes are decoded; they are shown as much later as the first one is.
+    start -= max(0, start - entries[0].timestamp)
+    found = []
+    for time in times:
+        at = int(start + time * second)
+        places = (entries.search_timestamp(at, backward=backward) for backward in (True, False))
+        keys = [(entries[i].timestamp - start) / second for i in places if i >= 0]
+        key = min(keys, key=lambda key: abs(key - time), default=time)
+        # Half a frame later, so that rounding does not ask for the frame before.
+        found.append(key + 0.5 / fps if abs(key - time) + 0.5 / fps <= room else time)
+    return found
+
+
 class _Finder:
     """Goes through a video by its packets, whose times say what to decode before it is decoded.
 

@@ -121,8 +121,12 @@ def sample_times(
     frames: int,
     start: float | None = None,
     end: float | None = None,
+    snap: float = 0.0,
 ) -> Float[np.ndarray, "t f"]:
     """`segment_times` of a file, where `start` and `end` default to those of the video.
+
+    With `snap`, a time moves to a keyframe that is nearer than this share (at most 0.5) of the
+    distance between two times: much less to decode where they are far apart.
 
     Raises:
       VideoError: the file is missing or broken, ends before `end`, or has fewer frames in that
@@ -147,7 +151,15 @@ def sample_times(
             f"or a longer video.",
             "too short",
         )
-    return segment_times(start, end, segments, frames)
+    times = segment_times(start, end, segments, frames)
+    if snap:
+        room = snap * (end - start) / want
+        with _opened(path) as (container, stream):
+            near = seek.snapped(container, stream, times.ravel(), room, info.fps)
+        # A keyframe that reaches out of the part is none of it.
+        near = np.where((np.array(near) >= start) & (np.array(near) < end), near, times.ravel())
+        times = near.reshape(times.shape)
+    return times
 
 
 def smart_resize(
