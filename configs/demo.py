@@ -46,7 +46,7 @@ def get_config():
     # remembers must be worth more than that, and its entropy must last until it has found out.
     config.prpo.alpha = 2.0
     # The last card of a film, or how many of a colour there are, can't be known early.
-    config.prpo.discount = 0.4
+    config.prpo.discount = 0.3
     config.prpo.beta = 0.02
     config.prpo.entropy_coef = 0.005
     # Advantages are differences of rewards: lower than for those divided by their deviation.

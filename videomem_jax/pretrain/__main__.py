@@ -72,6 +72,7 @@ TOWER_STEPS, TOWER_PAIRS = 1500, 384
 COURSES = (
     (1.0, (Part(300, "pair", 64, 12, 32), Part(1300, "clip", 30, 10, 12))),
     (0.6, (Part(900, "clip", 12, 16, 32),)),
+    (0.6, (Part(700, "clip", 6, 16, 48),)),
 )
 
 
