@@ -29,7 +29,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
     """The whole evaluation."""
     began = time.perf_counter()
     s = settings.freeze(config)
-    run.prepare(s)
+    run.prepare(s.runtime)
     run.check_hardware(s)
     s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)

@@ -186,7 +186,7 @@ def train(config, workdir_flag: str) -> None:
     """The whole run."""
     began = time.perf_counter()
     s = settings.freeze(config)
-    run.prepare(s, stops=True)
+    run.prepare(s.runtime, stops=True)
     run.check_hardware(s)
     s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)

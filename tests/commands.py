@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import json
 import pathlib
 import re
 import socket
@@ -46,6 +47,22 @@ def numbers(workdir):
     return found
 
 
+def results_of(folder):
+    """The results of a benchmark's evaluation."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def samples_of(folder):
+    """Its answers, in the order in which they were read."""
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def timeless(results):
+    """All of its results that do not depend on when and how fast they were computed."""
+    kept = {k: v for k, v in results.items() if k not in ("seconds", "peak_rss_gb", "config")}
+    return json.loads(json.dumps(kept))
+
+
 def done(workdir):
     """Which steps have their row."""
     with contextlib.suppress(FileNotFoundError):
@@ -61,12 +78,13 @@ def until(workdir, phase, step, *processes):
         time.sleep(0.01)
 
 
-def start_pair(script, *args, environment):
-    """The command as two processes of two CPU devices each."""
+def start_pair(script, *args, environment, devices=2):
+    """The command as two processes of some CPU devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = environment.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    flags = environment.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={devices}"
     return [
         start(
             script,

@@ -19,8 +19,10 @@ from flax import nnx
 
 from tests.commands import DEMO, finish, start
 from tests.compiling import hasty_options
+from tests.data import benchmark_folders
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
+from videomem_jax.benchmark import config as keys
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
 from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
@@ -291,6 +293,35 @@ def weights(tmp_path_factory):
     convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def film_records(tmp_path_factory):
+    """Questions about three videos cut from the film."""
+    return benchmark_folders.film_records(tmp_path_factory.mktemp("film"))
+
+
+@pytest.fixture(scope="session")
+def benchmark_folder(film_records, tmp_path_factory):
+    """Makes a new folder of a kind of benchmark, of the film's questions."""
+    return lambda kind: benchmark_folders.make(
+        kind, tmp_path_factory.mktemp("benchmark"), film_records
+    )
+
+
+@pytest.fixture(scope="session")
+def benchmark_config(weights):
+    """Makes an evaluation of small sizes; four of the devices share a batch."""
+
+    def make(name, folder, **changes):
+        config = keys.default(name)
+        config.data_dir, config.weights = str(folder), str(weights)
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+        for key, value in (benchmark_folders.SIZES | {"segments": "2"} | changes).items():
+            config[key] = value
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="session")

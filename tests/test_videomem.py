@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.data import damage
 from videomem_jax import VideoMem, evaluate, run, sharding, videomem
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
@@ -148,6 +149,18 @@ def test_a_segment_costs_no_compile_and_no_memory(model, answer):
         assert segment.number <= 6
     assert model._step._cache_size() == before
     assert max(live[1:]) - min(live[1:]) < 10_000
+
+
+def test_a_video_without_end_has_a_time_limit_for_each_segment(model, tmp_path, monkeypatch):
+    """What comes before is read, and the limit is not that of the whole answer."""
+    damage.endless(tmp_path / "endless.mkv")
+    data = dataclasses.replace(model.settings.data, time_limit=2.0)
+    monkeypatch.setattr(model, "settings", dataclasses.replace(model.settings, data=data))
+    segments = model.read(tmp_path / "endless.mkv", QUESTION, WORDS, segments=4)
+    assert next(segments).number == 1
+    with pytest.raises(video.VideoError, match="longer than time_limit=2 seconds") as caught:
+        list(segments)
+    assert caught.value.cause == "slow"
 
 
 def test_auto_follows_the_length(model):

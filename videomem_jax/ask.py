@@ -44,8 +44,8 @@ def segments_value(text: str) -> int | str:
 
 
 def sizes(arguments: argparse.Namespace) -> dict:
-    """The sizes given on the command line, as `VideoMem.from_pretrained` takes them."""
-    names = ("max_pixels", "slots", "answer")
+    """Sizes and limit given on the command line, as `VideoMem.from_pretrained` takes them."""
+    names = ("max_pixels", "slots", "answer", "time_limit")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
@@ -73,6 +73,12 @@ def model_parser(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, metavar="N", help="room for a memory, in tokens")
     parser.add_argument("--answer", choices=("letter", "text"), help="how an option is answered")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="for decoding a segment's frames (default: 60)",
+    )
     return parser
 
 
@@ -97,14 +103,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def ask(arguments: argparse.Namespace) -> None:
     """The whole command."""
     # Here, since it takes seconds: --help and misspelt flags need not wait for it.
-    from videomem_jax import answer_page, settings, videomem
+    from videomem_jax import answer_page, videomem
 
     folder = weights_folder(arguments.weights)
     options = videomem.check_question(arguments.question, arguments.options)
     # All that can be wrong is found before the weights are read.
     changes = sizes(arguments)
-    sized = settings.load_sizes(folder, **changes)
-    times = videomem.plan(arguments.video, sized, arguments.segments, arguments.frames)
+    settings = videomem.sized(folder, **changes)
+    times = videomem.plan(arguments.video, settings, arguments.segments, arguments.frames)
     if arguments.report and not pathlib.Path(arguments.report).parent.is_dir():
         raise ConfigError(f"--report={arguments.report}: the folder to write to does not exist")
     model = videomem.VideoMem.from_pretrained(folder, dtype=arguments.dtype, **changes)

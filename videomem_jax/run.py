@@ -128,15 +128,15 @@ def _file_config(argv: list[str]) -> config_dict.ConfigDict | None:
     return None
 
 
-def prepare(s: settings.Settings, stops: bool = False) -> None:
+def prepare(runtime: settings.Runtime, stops: bool = False) -> None:
     """Joins the processes on other hosts, and looks for compiled programs; before any device.
 
     Args:
-      s: the run's settings.
+      runtime: of the settings.
       stops: see `hosts.start`.
     """
-    hosts.start(s.runtime.wait, stops)
-    compiled.keep(s.runtime.compiled)
+    hosts.start(runtime.wait, stops)
+    compiled.keep(runtime.compiled)
 
 
 def check_hardware(s: settings.Settings) -> None:

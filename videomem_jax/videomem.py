@@ -29,8 +29,8 @@ from videomem_jax import prompt as prompts
 from videomem_jax import rollout, run, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Clip, Prefix
-from videomem_jax.data import video as videos
 from videomem_jax.data.clip import make_clips
+from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.records import Record, RecordError
 from videomem_jax.data.sampling import frame_size
 from videomem_jax.models.config import ConfigError
@@ -140,14 +140,31 @@ def plan(
     segments = settings.prompt.segments if segments is None else segments
     if not isinstance(frames, int) or frames < 2 or frames % 2:
         raise ConfigError(f"frames={frames!r} must be an even number, since frames go in pairs")
+    decoder = decoder_of(settings)
     if segments == "auto":
-        info = videos.probe(video)
+        info = decoder.probe(video)
         length = (info.duration if end is None else end) - (start or 0.0)
         wanted = max(settings.prompt.segments, math.ceil(length / AUTO_SECONDS))
         segments = max(1, min(wanted, round(length * info.fps) // frames))
     if not isinstance(segments, int) or segments < 1:
         raise ConfigError(f"segments={segments!r} must be a number from 1 on, or 'auto'")
-    return videos.sample_times(video, segments, frames, start, end, snap)
+    return decoder.times(video, segments, frames, start, end, snap)
+
+
+def decoder_of(settings: cfg.Settings) -> Decoder:
+    """What reads videos, each segment within the limits of the settings."""
+    return Decoder(settings.data.time_limit, settings.data.decoder_mb)
+
+
+def sized(folder: str | os.PathLike, time_limit: float | None = None, **sizes) -> cfg.Settings:
+    """Settings for asking the model of a folder; arguments as of `VideoMem.from_pretrained`."""
+    settings = cfg.load_sizes(folder, **sizes)
+    if time_limit is None:
+        return settings
+    if not time_limit > 0:
+        raise ConfigError(f"time_limit={time_limit:g} must be above 0 seconds")
+    data = dataclasses.replace(settings.data, time_limit=time_limit)
+    return dataclasses.replace(settings, data=data)
 
 
 def check_question(question: str, options: Sequence[str] | None) -> tuple[str, ...]:
@@ -202,6 +219,7 @@ class VideoMem:
         forced: bool = True,
         dtype: str | None = None,
         devices: Sequence[jax.Device] | None = None,
+        time_limit: float | None = None,
         **sizes,
     ) -> VideoMem:
         """Reads a model in Hugging Face's layout: one that train.py left, or a Qwen3-VL.
@@ -213,6 +231,8 @@ class VideoMem:
             itself nothing changes; where not, it would have no memory and no answer.
           dtype: of parameters and activations; by default float32 on a CPU, else bfloat16.
           devices: that share the parameters; all by default.
+          time_limit: seconds that decoding a segment's frames may take, 60 by default; a video
+            that takes longer may have no end.
           **sizes: override keys of `settings.Prompt` and `settings.Memory`, such as
             `max_pixels=64 * 32 * 32`, `slots=256` or `answer="text"`.
 
@@ -225,7 +245,7 @@ class VideoMem:
                 f"{folder} holds no model: give the folder of a Hugging Face model, with its "
                 f"config.json"
             )
-        settings = cfg.load_sizes(folder, **sizes)
+        settings = sized(folder, time_limit, **sizes)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         settings = dataclasses.replace(settings, model=cfg.Model(dtype=dtype))
         mesh = sharding.make_mesh(cfg.Mesh(data=1, fsdp=1, tensor=-1), devices)
@@ -274,7 +294,8 @@ class VideoMem:
         """As `ask`, but gives each segment as soon as it is read; maybe of a part (see `plan`)."""
         options = check_question(question, options)
         times = plan(video, self.settings, segments, frames, start, end)
-        size = frame_size(video, self.settings.prompt.max_pixels)
+        info = decoder_of(self.settings).probe(video)
+        size = frame_size(video, self.settings.prompt.max_pixels, info)
         choices = self._choices(options)
         return self._segments(os.fspath(video), question, options, times, size, choices)
 
@@ -307,9 +328,9 @@ class VideoMem:
         grammar, judge = self._grammar(room, self._forced), self._grammar(room, True)
         memory = mem.empty(1, 1, m.slots, tokenizer.ids.pad)
         memory = jax.device_put(memory, self._everywhere)
-        prefix_size = p.prefix_tokens
+        prefix_size, decoder = p.prefix_tokens, decoder_of(self.settings)
         for number, clip_times in enumerate(times, 1):
-            frames = videos.read_frames(video, clip_times, size)
+            frames = decoder.frames(video, clip_times, size)
             clip = make_clips(frames, 1, p.max_pixels)
 
             def written(length, clip_times=clip_times):
