@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from tests.commands import DEMO, ROOT, done, finish, numbers, start, until
-from videomem_jax import metrics, run, settings
+from videomem_jax import command_line, metrics, run, settings
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
 from videomem_jax.models.qwen3_vl import abstract
 
@@ -431,7 +431,7 @@ def test_a_bug_keeps_its_trace(capsys):
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        run.entry(bug)
+        command_line.entry(bug)
     assert not capsys.readouterr().err
 
 
@@ -449,7 +449,7 @@ def test_a_users_mistake_is_a_sentence(capsys, error, said):
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        run.entry(fail)
+        command_line.entry(fail)
     written = capsys.readouterr()
     assert caught.value.code == 2 and not written.out
     assert written.err.startswith(f"error: {said}") and written.err.count("\n") == 1

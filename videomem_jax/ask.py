@@ -16,7 +16,7 @@ import sys
 
 from tqdm import tqdm
 
-from videomem_jax import run
+from videomem_jax import command_line
 from videomem_jax.models.config import ConfigError
 
 DEMO = pathlib.Path("runs/demo/model")
@@ -49,20 +49,9 @@ def sizes(arguments: argparse.Namespace) -> dict:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def model_parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """A parser with what this command and the app have in common.
-
-    Args:
-      name: of the module.
-      doc: its docstring: the help's first line, and what stands at its end.
-    """
-    lines = doc.splitlines()
-    parser = argparse.ArgumentParser(
-        prog=f"python -m videomem_jax.{name}",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def model_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser with what this command and the app have in common (see `command_line.parser_of`)."""
+    parser = command_line.parser_of(module, doc)
     parser.add_argument(
         "--weights",
         metavar="DIR",
@@ -83,7 +72,7 @@ def model_parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = model_parser("ask", __doc__ or "")
+    parser = model_parser("videomem_jax.ask", __doc__)
     parser.add_argument("video", help="a file")
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="to choose the answer from")
@@ -154,7 +143,7 @@ def described(segment) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, then asks."""
     arguments = _arguments(argv)
-    run.entry(lambda: ask(arguments))
+    command_line.entry(lambda: ask(arguments))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from videomem_jax import hosts, metrics, run, sharding
 from videomem_jax import judge as judges
 from videomem_jax import settings as cfg
+from videomem_jax.atomic_file import replacing
 from videomem_jax.benchmark import config as keys
 from videomem_jax.benchmark import page, reading, scores
 from videomem_jax.benchmark.config import Config
@@ -28,7 +29,7 @@ from videomem_jax.benchmark.reading import Way
 from videomem_jax.benchmark.samples import Samples, claim, hash_texts, hash_weights
 from videomem_jax.data import benchmarks
 from videomem_jax.data.benchmarks import Benchmark, Lost
-from videomem_jax.data.records import RecordError, replacing
+from videomem_jax.data.records import RecordError
 from videomem_jax.models.config import ConfigError
 
 
