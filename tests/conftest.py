@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from tests.commands import DEMO, finish, start
+from tests.commands import DEMO, copies, finish, start
 from tests.compiling import hasty_options
 from tests.data import benchmark_folders
 from videomem_jax import grammar as fmt
@@ -260,6 +260,28 @@ def environment(request):
         found["JAX_COMPILATION_CACHE_DIR"] = str(request.config.cache.mkdir("jax"))
         found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     return found
+
+
+@pytest.fixture(scope="session")
+def command(environment, tmp_path_factory):
+    """Runs a command: (exit code, standard output, standard error). Compiling is written there."""
+    with copies(environment, tmp_path_factory.mktemp("written")) as call:
+        yield call
+
+
+@pytest.fixture
+def mistake(command, tmp_path):
+    """The sentence that a command ends with: the one thing that it writes, before any compile."""
+
+    def call(script, *args, **env):
+        if not any(str(arg).startswith("--workdir") for arg in args):
+            args = (*args, f"--workdir={tmp_path / 'run'}")
+        code, out, err = command(script, *args, **env)
+        assert code == 2, (code, out, err)
+        assert not out and err.startswith("error: ") and err.count("\n") == 1, (out, err)
+        return err.removeprefix("error: ").rstrip()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -69,10 +69,11 @@ class Planner:
         self.settings = settings.Settings(prompt=prompt, data=settings.Data(**data))
 
     def __call__(self, video, question, options, segments):
-        from videomem_jax import videomem
 
-        videomem.check_question(question, options)
-        return videomem.plan(video, self.settings, segments)
+        from videomem_jax import asking
+
+        asking.check_question(question, options)
+        return asking.plan(video, self.settings, segments)
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,7 @@ def test_frames_are_shared_out(benchmark_config, tmp_path):
     assert [(way.segments, way.frames) for way in ways] == [(1, 64), (3, 20), (4, 16), (40, 2)]
 
 
-@pytest.mark.slow
-def test_mistakes_on_the_command_line(environment):
+def test_mistakes_on_the_command_line(command):
     for flags, said in (
         (["--config=configs/eval.py:vidomme"], "names no benchmark: add one of :videomme, "),
         (["--config=configs/eval.py"], "names no benchmark: add one of :videomme, "),
@@ -54,7 +53,7 @@ def test_mistakes_on_the_command_line(environment):
             "config.dat_dir is not a key: did you mean data_dir?",
         ),
     ):
-        code, _, err = finish(start("eval.py", *flags, environment=environment), 600)
+        code, _, err = command("eval.py", *flags)
         assert code == 2, err
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.data import damage
-from videomem_jax import VideoMem, evaluate, run, sharding, videomem
+from videomem_jax import VideoMem, asking, evaluate, run, sharding
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
@@ -44,8 +44,8 @@ def answer(model):
 def test_every_segment_says_what_it_should(answer, model):
     assert [s.number for s in answer.segments] == [1, 2, 3] and len(answer.segments) == 3
     times = np.array([s.times for s in answer.segments])
-    np.testing.assert_allclose(times, video.sample_times(FILM, 3, 4, snap=videomem.SNAP))
-    assert 0 < np.abs(times - video.sample_times(FILM, 3, 4)).max() < videomem.SNAP * 600 / 12
+    np.testing.assert_allclose(times, video.sample_times(FILM, 3, 4, snap=asking.SNAP))
+    assert 0 < np.abs(times - video.sample_times(FILM, 3, 4)).max() < asking.SNAP * 600 / 12
     for segment in answer.segments:
         assert segment.of == 3 and 0 <= segment.tokens <= 6
         assert segment.answer == WORDS[segment.choice]
@@ -165,12 +165,12 @@ def test_a_video_without_end_has_a_time_limit_for_each_segment(model, tmp_path, 
 
 def test_auto_follows_the_length(model):
     settings, duration = model.settings, video.probe(FILM).duration
-    assert len(videomem.plan(FILM, settings, "auto")) == -(-duration // videomem.AUTO_SECONDS)
+    assert len(asking.plan(FILM, settings, "auto")) == -(-duration // asking.AUTO_SECONDS)
     many = dataclasses.replace(settings.prompt, segments=9)
-    assert len(videomem.plan(FILM, dataclasses.replace(settings, prompt=many), "auto")) == 9
+    assert len(asking.plan(FILM, dataclasses.replace(settings, prompt=many), "auto")) == 9
     # As far as there are frames.
-    assert len(videomem.plan(FILM, settings, "auto", 200)) == 2
-    assert videomem.plan(FILM, settings, "auto", 200).shape[1] == 200
+    assert len(asking.plan(FILM, settings, "auto", 200)) == 2
+    assert asking.plan(FILM, settings, "auto", 200).shape[1] == 200
 
 
 def test_sizes_travel_with_a_model(tmp_path):

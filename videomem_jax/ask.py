@@ -92,14 +92,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def ask(arguments: argparse.Namespace) -> None:
     """The whole command."""
     # Here, since it takes seconds: --help and misspelt flags need not wait for it.
-    from videomem_jax import answer_page, videomem
+    from videomem_jax import answer_page, asking, videomem
 
     folder = weights_folder(arguments.weights)
-    options = videomem.check_question(arguments.question, arguments.options)
+    options = asking.check_question(arguments.question, arguments.options)
     # All that can be wrong is found before the weights are read.
     changes = sizes(arguments)
-    settings = videomem.sized(folder, **changes)
-    times = videomem.plan(arguments.video, settings, arguments.segments, arguments.frames)
+    settings = asking.sized(folder, **changes)
+    times = asking.plan(arguments.video, settings, arguments.segments, arguments.frames)
     if arguments.report and not pathlib.Path(arguments.report).parent.is_dir():
         raise ConfigError(f"--report={arguments.report}: the folder to write to does not exist")
     model = videomem.VideoMem.from_pretrained(folder, dtype=arguments.dtype, **changes)

@@ -161,13 +161,23 @@ def _make_needle(s: settings.Settings) -> None:
 
 
 def read_records(s: settings.Settings, name: str) -> list[records.Record]:
-    """The good records of one of the config's files."""
-    found, skipped = records.read_records(
-        pathlib.Path(s.data.folder) / name, allow_outside=s.data.allow_outside
-    )
+    """The good records of one of the config's files that have options.
+
+    Raises:
+      RecordError: there are none.
+    """
+    path = pathlib.Path(s.data.folder) / name
+    found, skipped = records.read_records(path, allow_outside=s.data.allow_outside)
     if skipped:
         print(f"{name}: {len(found)} records; {skipped.summary()}")
-    return found
+    chosen = [record for record in found if not record.is_open]
+    elsewhere = f"python eval.py --config=configs/eval.py:records --config.data_dir={path}"
+    if not chosen:
+        raise records.RecordError(f"{path}: all records are open-ended; ask them with {elsewhere}")
+    if len(chosen) < len(found):
+        count = len(found) - len(chosen)
+        print(f"{name}: {count} open-ended records are left out; {elsewhere} asks them")
+    return chosen
 
 
 def training_data(
