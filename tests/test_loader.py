@@ -203,7 +203,7 @@ def test_a_blind_loader_shows_nothing(tokenizer, film):
 
 
 def test_a_blank_row_has_the_shapes_of_all_others(tokenizer, film):
-    for changes in ({}, {"answer": "text", "answer_tokens": 5}):
+    for changes in ({}, {"answer": "text", "answer_tokens": 60}):
         load = pipeline.Loader(tokenizer, prompts(**changes), SEGMENTS)
         blank, row = load.blank(), load(0, film[0])
         assert shapes(blank) == shapes(row)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.data import damage
+from tests.data import damage, training_folders
 from videomem_jax import VideoMem, asking, evaluate, run, sharding
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
@@ -153,12 +153,14 @@ def test_a_segment_costs_no_compile_and_no_memory(model, answer):
 
 def test_a_video_without_end_has_a_time_limit_for_each_segment(model, tmp_path, monkeypatch):
     """What comes before is read, and the limit is not that of the whole answer."""
-    damage.endless(tmp_path / "endless.mkv")
-    data = dataclasses.replace(model.settings.data, time_limit=2.0)
+    path = tmp_path / "film.mkv"
+    training_folders.write_film(path, 0.0, form="matroska")
+    data = dataclasses.replace(model.settings.data, time_limit=5.0)
     monkeypatch.setattr(model, "settings", dataclasses.replace(model.settings, data=data))
-    segments = model.read(tmp_path / "endless.mkv", QUESTION, WORDS, segments=4)
+    segments = model.read(path, QUESTION, WORDS, segments=4)
     assert next(segments).number == 1
-    with pytest.raises(video.VideoError, match="longer than time_limit=2 seconds") as caught:
+    damage.endless(path, share=0.05)  # from here on
+    with pytest.raises(video.VideoError, match="longer than time_limit=5 seconds") as caught:
         list(segments)
     assert caught.value.cause == "slow"
 

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_dict
 
-from videomem_jax import hosts, llm, report
+from videomem_jax import hosts, llm
 from videomem_jax.checkpoint import CheckpointError
 from videomem_jax.data import needle, records
 from videomem_jax.data.video import VideoError
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError
 from videomem_jax.prompt import PromptError
+from videomem_jax.report_run import ReportError
 
 # Errors whose message is a sentence for the user; anything else is a bug and keeps its trace.
 SAID = (
@@ -31,7 +32,7 @@ SAID = (
     PromptError,
     CheckpointError,
     needle.NeedleError,
-    report.ReportError,
+    ReportError,
     convert.WeightsError,
     llm.LLMError,
     hosts.HostsError,
