@@ -84,22 +84,45 @@ def test_metrics_of_a_run(finished):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_last_digit(finished, small, environment):
-    """SIGKILL in the cold start and in PRPO, each past a checkpoint; the same command each time."""
-    workdir = finished.with_name("killed")
+def test_a_run_that_is_stopped_again_and_again_goes_on_to_the_last_digit(
+    finished, small, environment
+):
+    """Killed and told to stop, in the cold start and in PRPO; the same command each time."""
+    workdir = finished.with_name("stopped")
     command = ("train.py", *small, f"--workdir={workdir}")
-    for phase, step in (("coldstart", 8), ("prpo", 5)):
+    # What a killed process has said is to be read, too.
+    environment = environment | {"PYTHONUNBUFFERED": "1"}
+    last, saved = {"coldstart": 60, "prpo": 10}, {"coldstart": 0, "prpo": 0}
+    for phase, step, told in (
+        ("coldstart", 8, signal.SIGKILL),
+        ("coldstart", 25, signal.SIGTERM),
+        ("prpo", 2, signal.SIGTERM),
+        ("prpo", 5, signal.SIGKILL),
+    ):
         process = start(*command, environment=environment)
-        until(workdir, phase, step, process)
-        process.send_signal(signal.SIGKILL)
-        code, _, err = finish(process)
-        assert code == -signal.SIGKILL, err
-    last = {"coldstart": 60, "prpo": 10}
-    assert ("prpo", last["prpo"]) not in done(workdir)
+        until(workdir, phase, max(step, saved[phase] + 1), process)
+        process.send_signal(told)
+        began = time.monotonic()
+        code, out, err = finish(process)
+        assert (phase, last[phase]) not in done(workdir)
+        if saved[phase]:  # the one before was told to stop
+            assert f"{phase}: going on from step {saved[phase]}" in out
+        if told == signal.SIGKILL:  # past a checkpoint
+            assert code == -signal.SIGKILL, err
+            continue
+        assert code == 143, err
+        assert time.monotonic() - began < 30  # seconds, on a machine with nothing else to do
+        said = re.search(rf"{phase}: told to stop, saved step (\d+); the same command goes", out)
+        at = int(said.group(1))
+        assert at >= step and max(i for p, i in done(workdir) if p == phase) == at
+        assert str(at) in {path.name for path in (workdir / "checkpoints" / phase).iterdir()}
+        saved[phase] = at
     code, out, err = finish(start(*command, environment=environment))
     assert code == 0, err
     assert "coldstart: done before" in out
     assert re.search(r"prpo: going on from step [3-9]", out)
+    counted = re.search(r"prpo: (\d+) programs compiled in [\d.]+ s, (\d+) of them found", out)
+    assert 2 <= int(counted.group(2)) <= int(counted.group(1))
     assert numbers(workdir) == numbers(finished)
     model = "model/model.safetensors"
     assert (workdir / model).read_bytes() == (finished / model).read_bytes()
@@ -107,33 +130,6 @@ def test_a_killed_run_goes_on_to_the_last_digit(finished, small, environment):
     code, out, err = finish(start(*command, environment=environment))
     assert code == 0 and "prpo: done before" in out
     assert numbers(workdir) == numbers(finished)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_told_to_stop_goes_on_to_the_last_digit(finished, small, environment):
-    """SIGTERM in the cold start and in PRPO, between two checkpoints that it would have made."""
-    workdir = finished.with_name("told")
-    command = ("train.py", *small, f"--workdir={workdir}", "--config.checkpoints.every=3")
-    for phase, step in (("coldstart", 7), ("prpo", 4)):
-        process = start(*command, environment=environment)
-        until(workdir, phase, step, process)
-        process.send_signal(signal.SIGTERM)
-        told = time.monotonic()
-        code, out, err = finish(process)
-        assert code == 143, err
-        assert time.monotonic() - told < 30  # seconds, on a machine with nothing else to do
-        saved = re.search(rf"{phase}: told to stop, saved step (\d+); the same command goes", out)
-        at = int(saved.group(1))
-        assert at >= step and max(i for p, i in done(workdir) if p == phase) == at
-        assert str(at) in {path.name for path in (workdir / "checkpoints" / phase).iterdir()}
-    code, out, err = finish(start(*command, environment=environment))
-    assert code == 0, err
-    assert f"prpo: going on from step {at}" in out
-    counted = re.search(r"prpo: (\d+) programs compiled in [\d.]+ s, (\d+) of them found", out)
-    assert 2 <= int(counted.group(2)) <= int(counted.group(1))
-    assert numbers(workdir) == numbers(finished)
-    model = "model/model.safetensors"
-    assert (workdir / model).read_bytes() == (finished / model).read_bytes()
 
 
 # --- the parts ---
