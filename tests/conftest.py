@@ -30,6 +30,7 @@ from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.pretrain import tasks
 from videomem_jax.prompt import turn_end, write_prefix
 from videomem_jax.tokenizer import Tokenizer
+from videomem_jax.videomem import VideoMem
 
 QWEN = pathlib.Path(__file__).parents[2] / "shared" / "tokenizer" / "qwen3"
 LINES = (
@@ -245,6 +246,17 @@ def parse_slowly(tokenizer):
     """The reference of the parser: `(tokens, slots, choices) -> (memory, answer)`, or None."""
     text = tokenizer.text_mask(VOCAB)
     return lambda tokens, slots, choices: slow_parse(tokens, tokenizer.ids, text, slots, choices)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A model that is asked runs on one device, for which it is sooner compiled."""
+    made = VideoMem.from_pretrained.__func__
+
+    def make(cls, folder, **how):
+        return made(cls, folder, devices=jax.devices()[:1], **how)
+
+    monkeypatch.setattr(VideoMem, "from_pretrained", classmethod(make))
 
 
 # --- what commands need ---

@@ -66,6 +66,7 @@ def test_memories_then_the_answer(call, weights, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_json_is_all_there_is(call, weights):
     code, out, err = call(
         *(FILM, "what is on the red card?", "--weights", weights, "--json"),

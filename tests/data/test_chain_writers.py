@@ -49,6 +49,7 @@ def test_no_letter(memory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_the_own_model_writes_chains(call, data, monkeypatch):  # noqa: F811
     own = data / "own"
     shutil.copytree(run.BASE, own)
