@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from videomem_jax import evaluate, hosts, metrics, report, run, settings, sharding
+from videomem_jax import command_line, evaluate, hosts, metrics, report, run, settings, sharding
 from videomem_jax.benchmark import evaluation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
@@ -29,7 +29,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
     """The whole evaluation."""
     began = time.perf_counter()
     s = settings.freeze(config)
-    run.prepare(s)
+    run.prepare(s.runtime)
     run.check_hardware(s)
     s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
@@ -138,15 +138,15 @@ def evaluate_either(config) -> None:
     if "benchmark" in config:
         evaluation.evaluate_benchmark(config, _WORKDIR.value)
     else:
-        evaluate_run(config, run.given_workdir(_WORKDIR.value))
+        evaluate_run(config, command_line.given_workdir(_WORKDIR.value))
 
 
 def main(argv):
     """Checks the flags, then evaluates."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    run.entry(lambda: evaluate_either(run.given_config(_CONFIG.value)))
+    command_line.entry(lambda: evaluate_either(command_line.given_config(_CONFIG.value)))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=run.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

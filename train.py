@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from videomem_jax import aot, compiled, export, hosts, run, settings, sharding
+from videomem_jax import aot, command_line, compiled, export, hosts, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.data import pipeline
 from videomem_jax.judged_rollout import JudgedRollout, OpenAnswers
@@ -186,7 +186,7 @@ def train(config, workdir_flag: str) -> None:
     """The whole run."""
     began = time.perf_counter()
     s = settings.freeze(config)
-    run.prepare(s, stops=True)
+    run.prepare(s.runtime, stops=True)
     run.check_hardware(s)
     s = settings.for_devices(s, jax.device_count())
     mesh = sharding.make_mesh(s.mesh)
@@ -262,18 +262,18 @@ def main(argv):
     """Checks the flags, then trains."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _AOT.value:
-        run.entry(lambda: ahead_of_time(_AOT.value, _AOT_STEPS.value))
-    else:
-        run.entry(lambda: train(run.given_config(_CONFIG.value), run.given_workdir(_WORKDIR.value)))
 
+    def work() -> None:
+        config = command_line.given_config(_CONFIG.value)
+        workdir = command_line.given_workdir(_WORKDIR.value)
+        if _AOT.value:  # compiles the run's steps for a machine that need not be here
+            s = settings.freeze(config)
+            aot.check(s, _AOT.value, pathlib.Path(workdir), _AOT_STEPS.value)
+        else:
+            train(config, workdir)
 
-def ahead_of_time(target: str, steps: list[str]) -> None:
-    """Compiles the run's steps for a machine that need not be here; prints what they cost."""
-    config = run.given_config(_CONFIG.value)
-    workdir = pathlib.Path(run.given_workdir(_WORKDIR.value))
-    aot.check(settings.freeze(config), target, workdir, steps)
+    command_line.entry(work)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=run.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -9,7 +9,7 @@ seconds of the process's work (which other programs on the machine disturb less)
 * ask: peak memory of a whole question of 4 segments of 32 frames;
 * read: seconds of that question once it is compiled (median of 3): decoding, vision, memories;
 * frames: seconds to find and decode 4 x 32 frames alone (median of 5, opening the file included);
-* exact: the same without moving times to keyframes (`videomem.SNAP`), as training and benchmarks
+* exact: the same without moving times to keyframes (`asking.SNAP`), as training and benchmarks
   read. Samples of the long file then need half a group of pictures each, where those of the short
   one share them: it decodes three times the frames;
 * dense: seconds of reading in 10 to 80 segments of 8 frames, after the compile, and how far the
@@ -101,17 +101,17 @@ def model_of(kind, frames: int):
     )
 
 
-def frames(video: str, **how) -> dict:
-    """Seconds to read 4 x 32 frames, at the size that a Qwen3-VL takes them; `how` for the plan."""
-    from videomem_jax import settings, videomem
+def frames(video: str, snap: float | None = None) -> dict:
+    """Seconds to read 4 x 32 frames, at the size that a Qwen3-VL takes them; `snap` as asking's."""
+    from videomem_jax import asking, settings
     from videomem_jax.data import video as videos
     from videomem_jax.data.sampling import frame_size
 
-    sizes = settings.Settings()
+    sizes, snap = settings.Settings(), asking.SNAP if snap is None else snap
 
     def once():
         size = frame_size(video, sizes.prompt.max_pixels)
-        for clip in videomem.plan(video, sizes, 4, 32, **how):
+        for clip in videos.sample_times(video, 4, 32, snap=snap):
             assert videos.read_frames(video, clip, size).shape[0] == 32
         videos._probed.cache_clear()
 

@@ -34,10 +34,10 @@ import transformers
 from einops import rearrange
 from flax import nnx
 
+from videomem_jax import command_line, rollout, run
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
-from videomem_jax import rollout, run
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.data.video import patch_positions
 from videomem_jax.models import convert
@@ -417,4 +417,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.entry(main)
+    command_line.entry(main)

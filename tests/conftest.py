@@ -17,10 +17,12 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from tests.commands import DEMO, finish, start
+from tests.commands import DEMO, copies, finish, start
 from tests.compiling import hasty_options
+from tests.data import benchmark_folders
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
+from videomem_jax.benchmark import config as keys
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
 from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
@@ -28,6 +30,7 @@ from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.pretrain import tasks
 from videomem_jax.prompt import turn_end, write_prefix
 from videomem_jax.tokenizer import Tokenizer
+from videomem_jax.videomem import VideoMem
 
 QWEN = pathlib.Path(__file__).parents[2] / "shared" / "tokenizer" / "qwen3"
 LINES = (
@@ -245,6 +248,17 @@ def parse_slowly(tokenizer):
     return lambda tokens, slots, choices: slow_parse(tokens, tokenizer.ids, text, slots, choices)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """A model that is asked runs on one device, for which it is sooner compiled."""
+    made = VideoMem.from_pretrained.__func__
+
+    def make(cls, folder, **how):
+        return made(cls, folder, devices=jax.devices()[:1], **how)
+
+    monkeypatch.setattr(VideoMem, "from_pretrained", classmethod(make))
+
+
 # --- what commands need ---
 
 
@@ -258,6 +272,28 @@ def environment(request):
         found["JAX_COMPILATION_CACHE_DIR"] = str(request.config.cache.mkdir("jax"))
         found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     return found
+
+
+@pytest.fixture(scope="session")
+def command(environment, tmp_path_factory):
+    """Runs a command: (exit code, standard output, standard error). Compiling is written there."""
+    with copies(environment, tmp_path_factory.mktemp("written")) as call:
+        yield call
+
+
+@pytest.fixture
+def mistake(command, tmp_path):
+    """The sentence that a command ends with: the one thing that it writes, before any compile."""
+
+    def call(script, *args, **env):
+        if not any(str(arg).startswith("--workdir") for arg in args):
+            args = (*args, f"--workdir={tmp_path / 'run'}")
+        code, out, err = command(script, *args, **env)
+        assert code == 2, (code, out, err)
+        assert not out and err.startswith("error: ") and err.count("\n") == 1, (out, err)
+        return err.removeprefix("error: ").rstrip()
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -291,6 +327,35 @@ def weights(tmp_path_factory):
     convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def film_records(tmp_path_factory):
+    """Questions about three videos cut from the film."""
+    return benchmark_folders.film_records(tmp_path_factory.mktemp("film"))
+
+
+@pytest.fixture(scope="session")
+def benchmark_folder(film_records, tmp_path_factory):
+    """Makes a new folder of a kind of benchmark, of the film's questions."""
+    return lambda kind: benchmark_folders.make(
+        kind, tmp_path_factory.mktemp("benchmark"), film_records
+    )
+
+
+@pytest.fixture(scope="session")
+def benchmark_config(weights):
+    """Makes an evaluation of small sizes; four of the devices share a batch."""
+
+    def make(name, folder, **changes):
+        config = keys.default(name)
+        config.data_dir, config.weights = str(folder), str(weights)
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+        for key, value in (benchmark_folders.SIZES | {"segments": "2"} | changes).items():
+            config[key] = value
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="session")

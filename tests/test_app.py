@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data import damage
 from videomem_jax.data.needle_video import ASSETS
 from videomem_jax.models.config import ConfigError
 from videomem_jax.videomem import Segment
@@ -61,16 +62,18 @@ class Reader:
 class Planner:
     """What a real model checks before it reads."""
 
-    def __init__(self):
+    def __init__(self, **data):
         from videomem_jax import settings
 
-        self.settings = settings.Settings(prompt=settings.Prompt(segments=3, frames=8))
+        prompt = settings.Prompt(segments=3, frames=8)
+        self.settings = settings.Settings(prompt=prompt, data=settings.Data(**data))
 
     def __call__(self, video, question, options, segments):
-        from videomem_jax import videomem
 
-        videomem.check_question(question, options)
-        return videomem.plan(video, self.settings, segments)
+        from videomem_jax import asking
+
+        asking.check_question(question, options)
+        return asking.plan(video, self.settings, segments)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,14 @@ def test_mistakes_are_sentences(caller, change, said):
     with pytest.raises(client.exceptions.AppError, match=said) as error:
         ask(caller, **change)
     assert str(FILM.parent) not in str(error.value)
+
+
+def test_a_video_without_end_is_a_sentence(tmp_path):
+    damage.endless(tmp_path / "endless.mkv", share=0.05)
+    planner = Planner(time_limit=1.5)
+    asked = ({"it": str(tmp_path / "endless.mkv")}, "it", None, "who?", "", "")
+    with pytest.raises(gradio.Error, match="endless.mkv: decoding took longer than time_limit=1.5"):
+        list(app.answer(Reader(planner), *asked))
 
 
 @pytest.mark.parametrize("picked", [str(FILM), "../secret.mp4"])

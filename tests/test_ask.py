@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from tests.data import damage
 from videomem_jax import answer_page, ask, report, settings
 from videomem_jax.data.needle_video import ASSETS
 from videomem_jax.videomem import Answer, Segment
@@ -65,6 +66,7 @@ def test_memories_then_the_answer(call, weights, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_json_is_all_there_is(call, weights):
     code, out, err = call(
         *(FILM, "what is on the red card?", "--weights", weights, "--json"),
@@ -88,6 +90,7 @@ def test_json_is_all_there_is(call, weights):
         ),
         ([FILM, QUESTION, "--segments", "0"], "segments=0 must be a number from 1 on, or 'auto'"),
         ([FILM, QUESTION, "--frames", "3"], "frames=3 must be an even number, since frames go in"),
+        ([FILM, QUESTION, "--time-limit", "0"], "time_limit=0 must be above 0 seconds"),
         ([FILM, QUESTION, "--slots", "0"], "config.memory.slots=0 must be at least 1"),
         ([FILM, QUESTION, "--report", "no/page.html"], "--report=no/page.html: the folder to"),
         ([FILM, QUESTION, "--weights", "no"], "no holds no model: give the folder of a Hugging"),
@@ -98,6 +101,14 @@ def test_a_mistake_is_a_sentence(call, weights, arguments, said):
     code, out, err = call(*arguments, *given)
     assert code == 2 and not out
     assert err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_a_video_without_end_is_a_sentence(call, weights, tmp_path):
+    damage.endless(tmp_path / "endless.mkv", share=0.05)
+    how = ("--weights", weights, "--time-limit", "1.5")
+    code, out, err = call(tmp_path / "endless.mkv", QUESTION, *how)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert "endless.mkv: decoding took longer than time_limit=1.5 seconds" in err
 
 
 def test_without_the_demo_there_is_a_sentence(call):

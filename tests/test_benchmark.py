@@ -2,84 +2,30 @@
 
 import json
 import pathlib
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
-from tests.data import benchmark_folders as folders
-from tests.endpoint import serving
+from tests.commands import finish_pair, results_of, samples_of, start_pair, timeless
+from tests.data.benchmark_folders import SIZES
 from videomem_jax import compare, evaluate, run, sharding
-from videomem_jax import settings as cfg
 from videomem_jax.benchmark import config as keys
 from videomem_jax.benchmark import evaluation, reading
 from videomem_jax.benchmark.reading import Way
 from videomem_jax.data import benchmarks, records
-from videomem_jax.data.benchmarks import mlvu
-from videomem_jax.llm import LLMError
 from videomem_jax.models.config import ConfigError
 
-ROOT = pathlib.Path(__file__).parents[1]
-SIZES = {"frames": 2, "max_pixels": 6 * 32 * 32, "slots": 6, "batch": 4, "timelines": 3}
-
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return folders.film_records(tmp_path_factory.mktemp("film"))
-
-
-@pytest.fixture(scope="module")
-def folder_of(found, tmp_path_factory):
-    """Makes a folder of a kind."""
-    return lambda kind: folders.make(kind, tmp_path_factory.mktemp("benchmark"), found)
-
-
-@pytest.fixture(scope="module")
-def config_of(weights):
-    """Makes a configuration; four of the devices share a batch."""
-
-    def make(name, folder, **changes):
-        config = keys.default(name)
-        config.data_dir, config.weights = str(folder), str(weights)
-        config.mesh.data, config.mesh.fsdp = 2, 2
-        for key, value in (SIZES | {"segments": "2"} | changes).items():
-            config[key] = value
-        config.mesh.tensor = 2
-        return config
-
-    return make
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-
-
-def timeless(results):
-    kept = {k: v for k, v in results.items() if k not in ("seconds", "peak_rss_gb", "config")}
-    return json.loads(json.dumps(kept))
-
-
-# --- one whole evaluation ---
-
-
-@pytest.fixture(scope="module")
-def whole(config_of, folder_of, tmp_path_factory):
+def whole(benchmark_config, benchmark_folder, tmp_path_factory):
     """An evaluation of LongVideoBench in 1 and 2 segments; one video is broken."""
-    folder = folder_of("longvideobench")
+    folder = benchmark_folder("longvideobench")
     broken = folder / "videos/lvb1.mp4"
     text = broken.read_bytes()
     broken.unlink()  # its other names are left alone
     broken.write_bytes(text[: len(text) // 3])
-    config = config_of("longvideobench", folder, segments="2,1")
+    config = benchmark_config("longvideobench", folder, segments="2,1")
     workdir = tmp_path_factory.mktemp("out")
     evaluation.evaluate_benchmark(config, str(workdir))
     return config, workdir
@@ -87,7 +33,7 @@ def whole(config_of, folder_of, tmp_path_factory):
 
 def test_results(whole):
     _, workdir = whole
-    results, rows = results_of(workdir), rows_of(workdir)
+    results, rows = results_of(workdir), samples_of(workdir)
     assert [one["segments"] for one in results["readings"]] == [1, 2]
     assert results["segments"] == 2 and len(rows) == 16
     for one in results["readings"]:
@@ -164,9 +110,33 @@ def test_a_run_that_was_stopped_goes_on(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation.Samples, "add", counted)
     evaluation.evaluate_benchmark(config, str(tmp_path / "again"))
-    assert read == [(row["segments"], row["id"]) for row in rows_of(workdir)[12:]]
-    assert rows_of(tmp_path / "again") == rows_of(workdir)
+    assert read == [(row["segments"], row["id"]) for row in samples_of(workdir)[12:]]
+    assert samples_of(tmp_path / "again") == samples_of(workdir)
     assert timeless(results_of(tmp_path / "again")) == timeless(results_of(workdir))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one(whole, environment, tmp_path):
+    """Also from the middle: what is there is read by the first, and nothing is read twice."""
+    config, workdir = whole
+    lines = (workdir / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    for name in ("samples.jsonl", "identity.json"):
+        shutil.copy(workdir / name, tmp_path)
+    (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    values = SIZES | {"segments": config.segments, "data_dir": config.data_dir}
+    values |= {"weights": config.weights} | {f"mesh.{k}": v for k, v in config.mesh.items()}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    command = ("eval.py", "--config=configs/eval.py:longvideobench", *flags)
+    how = {"environment": environment, "devices": 4}
+    codes, outs, errs = finish_pair(start_pair(*command, f"--workdir={tmp_path}", **how), 600)
+    assert codes == (0, 0), errs
+    assert "longvideobench, accuracy (95% interval)" in outs[0] and not outs[1]
+    place = lambda row: (row["segments"], row["id"])  # noqa: E731
+    rows = samples_of(tmp_path)
+    assert rows[:3] == samples_of(workdir)[:3] and len(rows) == len(lines)
+    assert sorted(rows, key=place) == sorted(samples_of(workdir), key=place)
+    assert timeless(results_of(tmp_path)) == timeless(results_of(workdir))
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in workdir.iterdir()}
 
 
 def test_a_folder_of_other_answers_is_refused(whole):
@@ -187,7 +157,7 @@ def test_what_was_lost_is_tried_again(whole, tmp_path):
         evaluation.evaluate_benchmark(config, str(tmp_path / "again"))
     finally:
         broken.write_bytes(text)
-    assert len(rows_of(tmp_path / "again")) == 24
+    assert len(samples_of(tmp_path / "again")) == 24
     assert not any(one["lost"] for one in results_of(tmp_path / "again")["readings"])
 
 
@@ -206,105 +176,6 @@ def test_page(whole):
     assert "<script" not in page and "http-equiv" in page
 
 
-# --- other ways to read ---
-
-
-NASTY = "<script>alert('x')</script>"
-
-
-@pytest.mark.parametrize("changes", [{"memory": False}, {"video": False}, {"forced": False}])
-def test_baselines(config_of, folder_of, tmp_path, changes):
-    """And text of a benchmark is text on the page."""
-    folder = folder_of("records")
-    rows = [json.loads(line) for line in (folder / "test.jsonl").open()]
-    rows[0] |= {"question": f"Who {NASTY}?", "category": NASTY}
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = config_of("records", folder, limit=4, timelines=4, **changes)
-    evaluation.evaluate_benchmark(config, str(tmp_path))
-    (one,) = results_of(tmp_path)["readings"]
-    assert one["accuracy"]["n"] == 4 and one["frames"] == 4
-    assert one["frames_at_once"] == (4 if "memory" in changes else 2)
-    assert len(one["provisional"]) == (1 if "memory" in changes else 2)
-    steps = [step for row in rows_of(tmp_path) for step in row["steps"]]
-    if "memory" in changes:
-        assert all(step["memory"] == "" and len(step["times"]) == 4 for step in steps)
-        assert any("reply" in step for step in steps)
-    if "forced" in changes:  # a random model keeps to no format
-        assert one["format_rate"] < 1 and any("reply" in step for step in steps)
-    if "video" in changes:
-        assert one["format_rate"] == 1
-    page = (tmp_path / "report.html").read_text()
-    assert NASTY not in page and "&lt;script&gt;alert" in page
-
-
-def test_open_questions(config_of, folder_of, tmp_path):
-    """Only where they are asked for, and apart from the accuracy."""
-    folder = folder_of("mlvu")
-    evaluation.evaluate_benchmark(config_of("mlvu", folder, open_ended=True), str(tmp_path))
-    results = results_of(tmp_path)
-    (one,) = results["readings"]
-    assert one["open_ended"]["metric"] == "exact match" and one["open_ended"]["n"] == 2
-    assert one["of_all_questions"]["n"] == 11  # with the one whose answer is no candidate
-    tasks = one["by"]["task"]
-    assert set(tasks) == set(mlvu.CHOICE)
-    # M-Avg: every task counts the same, however many questions it has.
-    mean = np.mean([share["mean"] for share in tasks.values()])
-    assert one["accuracy"]["mean"] == pytest.approx(mean)
-    assert [lost["cause"] for lost in one["lost"]] == ["answer"]
-
-    # Another judge: one that takes the first and has nothing to say of the second.
-    def lenient(cases):
-        assert [case.reference for case in cases] == [q.answer for q in asked if q.is_open]
-        return [True, None]
-
-    c = keys.freeze(config_of("mlvu", folder, open_ended=True))
-    benchmark = benchmarks.read("mlvu", folder)
-    asked = benchmark.questions
-    (way,) = evaluation.plan(c, keys.settings(c))
-    samples = evaluation.Samples(tmp_path)
-    judged = evaluation.numbers(benchmark, way, samples, benchmark.lost, lenient)["open_ended"]
-    assert (judged["metric"], judged["unjudged"]) == ("judged by an LLM", 1)
-    assert (judged["mean"], judged["n"]) == (1, 1)
-
-
-def test_a_judge_behind_an_endpoint(config_of, folder_of, tmp_path):
-    """Asked once for each answer, before which it must be there; its key is written nowhere."""
-    pytest.importorskip("openai")
-    folder = folder_of("mlvu")
-    with serving(lambda *_: '{"correct": true}') as server:
-        config = config_of("mlvu", folder, open_ended=True)
-        config.judge.url, config.judge.model, config.judge.retries = server.url, "m", 0
-        evaluation.evaluate_benchmark(config, str(tmp_path))
-        (one,) = results_of(tmp_path)["readings"]
-        judged = one["open_ended"]
-        assert (judged["metric"], judged["mean"], judged["n"]) == ("judged by an LLM", 1, 2)
-        asked = len(server.calls)
-        evaluation.evaluate_benchmark(config, str(tmp_path))
-        assert len(server.calls) == asked  # all verdicts were on disk
-    config.judge.model = "another"
-    with pytest.raises(LLMError, match="the judge at .* failed"):
-        evaluation.evaluate_benchmark(config, str(tmp_path))
-
-
-def test_options_of_several_tokens_are_answered(config_of, folder_of, weights):
-    """Written token by token they would be mixed up; the most probable one is the answer."""
-    folder = folder_of("videomme")
-    c = keys.freeze(config_of("videomme", folder, answer="text"))
-    s, mesh = keys.settings(c), sharding.make_mesh(c.mesh)
-    loaded = evaluation.load(s, mesh)
-    asked = benchmarks.read("videomme", folder).questions[:4]
-    asked = [
-        benchmarks.Question(**{**vars(q), "options": tuple(f"the {o} card" for o in q.options)})
-        for q in asked
-    ]
-    reader = reading.Reader(loaded, s, mesh, Way(2, 2), asked)
-    assert reader._form.grammar.room > 2
-    for items, _ in reader.read(asked):
-        for _, steps in items:
-            assert all(step.well_formed and step.answer in "ABCD" for step in steps)
-            assert steps[-1].tokens > 0
-
-
 def test_command_of_comparison(whole, capsys):
     _, workdir = whole
     compare.main([str(workdir), str(workdir), "--segments=1"])
@@ -317,88 +188,3 @@ def test_command_of_comparison(whole, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(workdir), str(workdir), "--segments=7"])
     assert "has no reading in 7 segments, but in 1, 2" in capsys.readouterr().err
-
-
-# --- mistakes, and the command itself ---
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"segments": "four"}, "config.segments='four' must be numbers from 1 on"),
-        ({"segments": "2,2"}, "each once"),
-        ({"segments": "0"}, "numbers from 1 on"),
-        ({"frames": 3}, "config.frames=3 must be an even number"),
-        ({"frames": 4, "total_frames": 8}, "config.total_frames=8 must be 0 where config.frames"),
-        ({"prompt": "mine"}, "config.prompt='mine' must be official or plain"),
-        ({"batch": 3}, "config.batch=3 must be a multiple of the 4 parts"),
-        ({"weights": "gone"}, "config.weights='gone' must be the folder of a Hugging Face model"),
-        ({"weights": ""}, "give --config.weights=FOLDER"),
-        ({"data_dir": ""}, "give --config.data_dir=FOLDER"),
-    ],
-)
-def test_values_that_do_not_fit(config_of, tmp_path, changes, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        evaluation.evaluate_benchmark(config_of("videomme", tmp_path, **changes), str(tmp_path))
-
-
-def test_frames_are_shared_out(config_of, tmp_path):
-    c = keys.freeze(config_of("videomme", tmp_path, frames=0, total_frames=64, segments="1,3,4,40"))
-    ways = evaluation.plan(c, cfg.Settings())
-    assert [(way.segments, way.frames) for way in ways] == [(1, 64), (3, 20), (4, 16), (40, 2)]
-
-
-def command(environment, *flags):
-    return subprocess.Popen(
-        [sys.executable, "eval.py", *flags],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-@pytest.mark.slow
-def test_mistakes_on_the_command_line(environment):
-    for flags, said in (
-        (["--config=configs/eval.py:vidomme"], "names no benchmark: add one of :videomme, "),
-        (["--config=configs/eval.py"], "names no benchmark: add one of :videomme, "),
-        (
-            ["--config=configs/eval.py:mlvu", "--config.dat_dir=x"],
-            "config.dat_dir is not a key: did you mean data_dir?",
-        ),
-    ):
-        process = command(environment, *flags)
-        _, err = process.communicate(timeout=600)
-        assert process.returncode == 2, err
-        assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
-
-
-@pytest.mark.slow
-def test_a_killed_command_goes_on(folder_of, weights, environment, tmp_path):
-    """SIGKILL after the first questions; the same command then gives what one left alone gives."""
-    folder = folder_of("longtimescope")
-    flags = [f"--config.{key}={value}" for key, value in SIZES.items()]
-    flags += [f"--config.data_dir={folder}", f"--config.weights={weights}", "--config.segments=2"]
-
-    def start(name):
-        where = f"--workdir={tmp_path / name}"
-        return command(environment, "--config=configs/eval.py:longtimescope", *flags, where)
-
-    process, samples = start("killed"), tmp_path / "killed/samples.jsonl"
-    deadline = time.monotonic() + 1200
-    while not (samples.exists() and samples.stat().st_size) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = samples.read_text().count("\n")
-    assert before < 12 and not (tmp_path / "killed/results.json").exists()
-    for name in ("killed", "whole"):
-        process = start(name)
-        out, err = process.communicate(timeout=1200)
-        assert process.returncode == 0, err
-        assert "longtimescope, accuracy (95% interval)" in out
-    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
-    assert timeless(results_of(tmp_path / "killed")) == timeless(results_of(tmp_path / "whole"))

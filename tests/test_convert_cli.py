@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from videomem_jax import run, settings, sharding
+from videomem_jax import command_line, run, settings, sharding
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.models import convert
 from videomem_jax.models.convert.__main__ import main
@@ -50,7 +50,7 @@ def trained(hf, config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     folder = workdir / "checkpoints" / "prpo"
     main(["to-orbax", str(hf), str(folder), "--config", str(config)])
-    s = settings.freeze(run._file_config([f"--config={config}"]))
+    s = settings.freeze(command_line._file_config([f"--config={config}"]))
     loaded = run.load(s)
     trainer = Trainer(loaded.model, loaded.form, s, sharding.make_mesh(s.mesh), "prpo")
     checkpoints = Checkpoints(folder, 9)

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from tests.data import benchmark_folders as folders
 from videomem_jax.benchmark import config as keys
 from videomem_jax.benchmark import evaluation
 
@@ -48,10 +47,8 @@ def video(doc):
 
 
 @pytest.mark.slow
-def test_the_harness_gives_the_same_accuracy(weights, environment, tmp_path):
-    folder = folders.make(
-        "longtimescope", tmp_path / "data", folders.film_records(tmp_path / "film")
-    )
+def test_the_harness_gives_the_same_accuracy(weights, environment, benchmark_folder, tmp_path):
+    folder = benchmark_folder("longtimescope")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "longtimescope_here.yaml").write_text(TASK.format(folder=folder))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from videomem_jax import VideoMem, evaluate, run, sharding, videomem
+from tests.data import damage, training_folders
+from videomem_jax import VideoMem, asking, evaluate, run, sharding
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
@@ -43,8 +44,8 @@ def answer(model):
 def test_every_segment_says_what_it_should(answer, model):
     assert [s.number for s in answer.segments] == [1, 2, 3] and len(answer.segments) == 3
     times = np.array([s.times for s in answer.segments])
-    np.testing.assert_allclose(times, video.sample_times(FILM, 3, 4, snap=videomem.SNAP))
-    assert 0 < np.abs(times - video.sample_times(FILM, 3, 4)).max() < videomem.SNAP * 600 / 12
+    np.testing.assert_allclose(times, video.sample_times(FILM, 3, 4, snap=asking.SNAP))
+    assert 0 < np.abs(times - video.sample_times(FILM, 3, 4)).max() < asking.SNAP * 600 / 12
     for segment in answer.segments:
         assert segment.of == 3 and 0 <= segment.tokens <= 6
         assert segment.answer == WORDS[segment.choice]
@@ -150,14 +151,28 @@ def test_a_segment_costs_no_compile_and_no_memory(model, answer):
     assert max(live[1:]) - min(live[1:]) < 10_000
 
 
+def test_a_video_without_end_has_a_time_limit_for_each_segment(model, tmp_path, monkeypatch):
+    """What comes before is read, and the limit is not that of the whole answer."""
+    path = tmp_path / "film.mkv"
+    training_folders.write_film(path, 0.0, form="matroska")
+    data = dataclasses.replace(model.settings.data, time_limit=5.0)
+    monkeypatch.setattr(model, "settings", dataclasses.replace(model.settings, data=data))
+    segments = model.read(path, QUESTION, WORDS, segments=4)
+    assert next(segments).number == 1
+    damage.endless(path, share=0.05)  # from here on
+    with pytest.raises(video.VideoError, match="longer than time_limit=5 seconds") as caught:
+        list(segments)
+    assert caught.value.cause == "slow"
+
+
 def test_auto_follows_the_length(model):
     settings, duration = model.settings, video.probe(FILM).duration
-    assert len(videomem.plan(FILM, settings, "auto")) == -(-duration // videomem.AUTO_SECONDS)
+    assert len(asking.plan(FILM, settings, "auto")) == -(-duration // asking.AUTO_SECONDS)
     many = dataclasses.replace(settings.prompt, segments=9)
-    assert len(videomem.plan(FILM, dataclasses.replace(settings, prompt=many), "auto")) == 9
+    assert len(asking.plan(FILM, dataclasses.replace(settings, prompt=many), "auto")) == 9
     # As far as there are frames.
-    assert len(videomem.plan(FILM, settings, "auto", 200)) == 2
-    assert videomem.plan(FILM, settings, "auto", 200).shape[1] == 200
+    assert len(asking.plan(FILM, settings, "auto", 200)) == 2
+    assert asking.plan(FILM, settings, "auto", 200).shape[1] == 200
 
 
 def test_sizes_travel_with_a_model(tmp_path):

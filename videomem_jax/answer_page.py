@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from videomem_jax import report, report_timelines
+from videomem_jax.atomic_file import replacing
 from videomem_jax.data import records
 from videomem_jax.videomem import Answer, Segment
 
@@ -37,7 +38,7 @@ def write(answer: Answer, path: str | os.PathLike) -> None:
         trouble=trouble,
     )
     try:
-        with records.replacing(path) as out:
+        with replacing(path) as out:
             # Generated text may hold half a surrogate pair, which no file can.
             out.write(text.encode(errors="replace"))
     except OSError as error:

@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from videomem_jax import run
+from videomem_jax import command_line
 from videomem_jax.ask import model_parser, segments_value, sizes, weights_folder
 from videomem_jax.models.config import ConfigError
 
@@ -101,7 +101,7 @@ def answer(
             shown = "".join(items if done else items[::-1])
             body = f'<div class="timeline segments"><ol class="steps">{shown}</ol></div>'
             yield f'<p class="said">{head}: <b>{said}</b></p>', body
-    except (*run.SAID, argparse.ArgumentTypeError) as error:
+    except (*command_line.SAID, argparse.ArgumentTypeError) as error:
         # A path on this machine is nothing to the page's reader.
         text = str(error).replace(video, os.path.basename(video))
         raise gradio.Error(html.escape(text, quote=False), print_exception=False) from None
@@ -170,7 +170,7 @@ def launch(page: gradio.Blocks, host: str, port: int | None, max_mb: int, block:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = model_parser("app", __doc__ or "")
+    parser = model_parser("videomem_jax.app", __doc__)
     parser.add_argument(
         "--videos", nargs="+", default=[], metavar="DIR", help="folders of videos to pick from"
     )
@@ -200,7 +200,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, then serves."""
     arguments = _arguments(argv)
-    run.entry(lambda: serve(arguments))
+    command_line.entry(lambda: serve(arguments))
 
 
 if __name__ == "__main__":

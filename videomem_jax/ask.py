@@ -16,7 +16,7 @@ import sys
 
 from tqdm import tqdm
 
-from videomem_jax import run
+from videomem_jax import command_line
 from videomem_jax.models.config import ConfigError
 
 DEMO = pathlib.Path("runs/demo/model")
@@ -44,25 +44,14 @@ def segments_value(text: str) -> int | str:
 
 
 def sizes(arguments: argparse.Namespace) -> dict:
-    """The sizes given on the command line, as `VideoMem.from_pretrained` takes them."""
-    names = ("max_pixels", "slots", "answer")
+    """Sizes and limit given on the command line, as `VideoMem.from_pretrained` takes them."""
+    names = ("max_pixels", "slots", "answer", "time_limit")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def model_parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """A parser with what this command and the app have in common.
-
-    Args:
-      name: of the module.
-      doc: its docstring: the help's first line, and what stands at its end.
-    """
-    lines = doc.splitlines()
-    parser = argparse.ArgumentParser(
-        prog=f"python -m videomem_jax.{name}",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def model_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser with what this command and the app have in common (see `command_line.parser_of`)."""
+    parser = command_line.parser_of(module, doc)
     parser.add_argument(
         "--weights",
         metavar="DIR",
@@ -73,11 +62,17 @@ def model_parser(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, metavar="N", help="room for a memory, in tokens")
     parser.add_argument("--answer", choices=("letter", "text"), help="how an option is answered")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="for decoding a segment's frames (default: 60)",
+    )
     return parser
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = model_parser("ask", __doc__ or "")
+    parser = model_parser("videomem_jax.ask", __doc__)
     parser.add_argument("video", help="a file")
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="to choose the answer from")
@@ -97,14 +92,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def ask(arguments: argparse.Namespace) -> None:
     """The whole command."""
     # Here, since it takes seconds: --help and misspelt flags need not wait for it.
-    from videomem_jax import answer_page, settings, videomem
+    from videomem_jax import answer_page, asking, videomem
 
     folder = weights_folder(arguments.weights)
-    options = videomem.check_question(arguments.question, arguments.options)
+    options = asking.check_question(arguments.question, arguments.options)
     # All that can be wrong is found before the weights are read.
     changes = sizes(arguments)
-    sized = settings.load_sizes(folder, **changes)
-    times = videomem.plan(arguments.video, sized, arguments.segments, arguments.frames)
+    settings = asking.sized(folder, **changes)
+    times = asking.plan(arguments.video, settings, arguments.segments, arguments.frames)
     if arguments.report and not pathlib.Path(arguments.report).parent.is_dir():
         raise ConfigError(f"--report={arguments.report}: the folder to write to does not exist")
     model = videomem.VideoMem.from_pretrained(folder, dtype=arguments.dtype, **changes)
@@ -148,7 +143,7 @@ def described(segment) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, then asks."""
     arguments = _arguments(argv)
-    run.entry(lambda: ask(arguments))
+    command_line.entry(lambda: ask(arguments))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and McNemar's exact test of whether the two are right equally often.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from videomem_jax import run
+from videomem_jax import command_line
 from videomem_jax.benchmark import scores
 from videomem_jax.benchmark.samples import FILE
 from videomem_jax.models.config import ConfigError
@@ -206,13 +205,7 @@ _CONDITIONS = ("frames", "max_pixels", "answer", "prompt", "memory", "video", "f
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, then compares."""
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m videomem_jax.compare",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser_of("videomem_jax.compare", __doc__)
     parser.add_argument("first", metavar="RUN_A", help="folder that eval.py left")
     parser.add_argument("second", metavar="RUN_B", help="another, of the same benchmark")
     parser.add_argument("--segments", type=int, metavar="N", help="of the readings to compare")
@@ -228,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(described(first, second, found))
 
-    run.entry(work)
+    command_line.entry(work)
 
 
 if __name__ == "__main__":

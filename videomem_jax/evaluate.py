@@ -21,7 +21,7 @@ from videomem_jax import memory as mem
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch
 from videomem_jax.data import pipeline
-from videomem_jax.data.records import LETTERS, Record
+from videomem_jax.data.records import LETTERS, Record, RecordError
 from videomem_jax.grammar import Grammar, Parsed
 from videomem_jax.metrics import interval
 from videomem_jax.models.layers import kernels_in
@@ -137,13 +137,16 @@ def run(
     Returns:
       One item a record that could be read, in their order, and the count of those that could not;
       the same in every process.
+
+    Raises:
+      RecordError: none could be read.
     """
     loader = pipeline.Loader(tokenizer, settings, segments, blind)
     skips, items = pipeline.Skips(), {}
     with tqdm(
         total=len(records), desc=f"eval {name}", unit="question", disable=not hosts.first()
     ) as bar:
-        for batch in _together(
+        for batch in together(
             pipeline.evaluation_batches(
                 records,
                 loader,
@@ -158,10 +161,13 @@ def run(
                 items[at] = _item(records[at], loader, tokenizer, found.parsed, i)
                 bar.update()
     skips.counts = _added(skips.counts, evaluator)
+    if records and not items:  # where one process reads all, it has said so, with an example
+        causes = ", ".join(f"{n} {cause}" for cause, n in skips.counts.items())
+        raise RecordError(f"none of the {len(records)} records can be used ({causes})")
     return [items[at] for at in sorted(items)], skips
 
 
-def _together(batches: Iterator[Batch]) -> Iterator[Batch]:
+def together(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The batches, for as long as any process has rows: all of them must read equally often."""
     for batch in batches:
         if not any(hosts.gather(bool(batch.real.any()))):

@@ -16,12 +16,14 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+
+T = TypeVar("T")
 
 # What a run ends with that was told to stop and saved: what SIGTERM gives where nothing is to save.
 EXIT_STOPPED = 128 + signal.SIGTERM
@@ -190,16 +192,19 @@ def wait(why: str) -> None:
         multihost_utils.sync_global_devices(why)
 
 
-def first_does(work: Callable[[], Any]) -> None:
+def first_does(work: Callable[[], T]) -> T | None:
     """Work of the first process, for which the others wait; if it fails, it fails everywhere.
+
+    Returns:
+      What `work` gives, in the first process; None in the others.
 
     Raises:
       HostsError: in the others, if it failed; in the first, the error itself.
     """
-    error = None
+    found, error = None, None
     if first():
         try:
-            work()
+            found = work()
         except Exception as caught:
             error = caught
     said = gather(str(error) if error else "")[0]
@@ -207,6 +212,7 @@ def first_does(work: Callable[[], Any]) -> None:
         raise error
     if said:
         raise HostsError(f"the first process has stopped: {said}")
+    return found
 
 
 def gather(value: Any) -> list[Any]:

@@ -93,6 +93,10 @@ class VideoMemJax(lmms):
         raise ConfigError("videomem_jax has no dialogues: use a task with one question a video")
 
 
+# Keys that have no meaning under lmms-eval, or are groups of keys.
+_OURS = ("benchmark", "data_dir", "open_ended", "limit", "mesh", "judge", "runtime")
+
+
 def _config(given: dict) -> keys.Config:
     """The configuration of the model's arguments, as text or parsed."""
     config = keys.default("records")
@@ -100,7 +104,7 @@ def _config(given: dict) -> keys.Config:
     for name, value in given.items():
         if name in ("device", "max_batch_size"):
             continue
-        if name not in config or name in ("benchmark", "data_dir", "mesh", "open_ended", "limit"):
+        if name not in config or name in _OURS:
             raise ConfigError(f"{name} is not an argument of the model videomem_jax")
         kind = type(config[name])
         if kind is bool:

@@ -9,10 +9,6 @@ import resource
 import time
 from collections.abc import Mapping
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
-
 from videomem_jax import hosts
 
 
@@ -29,10 +25,10 @@ class MetricsWriter:
         self._started = time.time()
         if not hosts.first():
             return
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        # Not SummaryWriter: its thread dies when the disk is full, and `write` would wait for it
-        # for ever.
-        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        # Here: where there is PyTorch, TensorBoard's package takes seconds to import.
+        from videomem_jax.event_file import EventFile
+
+        self._board = EventFile(workdir / "tensorboard")
 
     def forget_after(self, phase: str, step: int) -> None:
         """Drops what a killed run wrote after the checkpoint from which this one goes on."""
@@ -48,17 +44,10 @@ class MetricsWriter:
         if not self._board:
             return
         row = {"phase": phase, "step": step, "time": round(time.time() - self._started, 3)}
-        row |= {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()}
         with self._path.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-        shown = [
-            Summary.Value(tag=f"{phase}/{name}", simple_value=float(value))
-            for name, value in values.items()
-            if math.isfinite(float(value))
-        ]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=shown))
-        self._board.write_event(event)
-        self._board.flush()
+            out.write(json.dumps(row | numbers) + "\n")
+        self._board.write(step, {f"{phase}/{name}": value for name, value in numbers.items()})
 
     def close(self) -> None:
         """Closes the event file."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from videomem_jax import report_plots as plots
 from videomem_jax import report_run, report_timelines
-from videomem_jax.data import records
+from videomem_jax.atomic_file import replacing
 from videomem_jax.report_plots import Line
 from videomem_jax.report_run import Interval, ReportError, Run, interval, intervals, is_number
 from videomem_jax.report_timelines import timeline_diff
@@ -56,7 +56,7 @@ def write(workdir: str | os.PathLike, timelines: int = 12) -> Path:
     try:
         run = report_run.read(workdir)
         page = environment().get_template("report.html.j2").render(_context(run, timelines))
-        with records.replacing(target) as out:
+        with replacing(target) as out:
             # Generated text may hold half a surrogate pair, which no file can.
             out.write(page.encode(errors="replace"))
     except OSError as error:

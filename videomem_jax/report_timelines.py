@@ -10,9 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from videomem_jax.data import records, video
+from videomem_jax.data import records
+from videomem_jax.data.decoder import Decoder
+from videomem_jax.data.video import VideoError
+from videomem_jax.settings import Data
 
 _FRAMES, _FRAME_WIDTH, _JPEG_QUALITY = 4, 160, 74
+_LIMITS = Data()  # of reading a video: those of a run's default
 _CARD_SECONDS = 2.0
 
 
@@ -171,10 +175,11 @@ def frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
     if not times or not row.get("video"):
         return [], "This evaluation does not say which frames the model saw."
     try:
-        info = video.probe(row["video"])
+        decoder = Decoder(_LIMITS.time_limit, _LIMITS.decoder_mb)
+        info = decoder.probe(row["video"])
         height = max(1, round(_FRAME_WIDTH * info.height / info.width))
-        images = video.read_frames(row["video"], times, (height, _FRAME_WIDTH))
-    except (video.VideoError, OSError) as error:
+        images = decoder.frames(row["video"], times, (height, _FRAME_WIDTH))
+    except (VideoError, OSError) as error:
         return [], f"The frames cannot be shown. {error}"
     uris = {time: _jpeg(image) for time, image in zip(times, images, strict=True)}
     return [

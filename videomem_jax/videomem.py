@@ -10,7 +10,6 @@ does not grow with the video. Between segments there is only the memory, a text.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -21,26 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from videomem_jax import asking, rollout, run, sharding
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
-from videomem_jax import rollout, run, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Clip, Prefix
-from videomem_jax.data import video as videos
 from videomem_jax.data.clip import make_clips
-from videomem_jax.data.records import Record, RecordError
 from videomem_jax.data.sampling import frame_size
 from videomem_jax.models.config import ConfigError
 from videomem_jax.models.qwen3_vl import Qwen3VL
-from videomem_jax.tokenizer import LETTERS, Tokenizer
+from videomem_jax.tokenizer import Tokenizer
 
-AUTO_SECONDS = 120.0  # of video that "auto" gives a segment, where that makes more of them
-# Share of the distance between two frames by which a question's may move to keyframes: nothing to a
-# film that fits its frames, a tenth of five minutes in one of ten hours.
-SNAP = 0.1
 _OPEN_TOKENS = 64  # room for the answer to an open question
 _OPTION_TOKENS = 64  # of the longest option that can be answered by its text
 _STEP = 256  # prompts that need more than the model's usual room are padded to multiples of this
@@ -111,63 +104,6 @@ class Answer:
         return row | {"segments": [segment.to_row() for segment in self.segments]}
 
 
-def plan(
-    video: str | os.PathLike,
-    settings: cfg.Settings,
-    segments: int | str | None = None,
-    frames: int | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    snap: float = SNAP,
-) -> Float[np.ndarray, "t f"]:
-    """The times of the frames that are read of a video, in seconds.
-
-    Args:
-      video: the file.
-      settings: of the model (`settings.load_sizes`).
-      segments: how many; "auto" gives one to each `AUTO_SECONDS`, and no fewer than the model was
-        trained with as far as the video has frames for them. By default the model's own number.
-      frames: of a segment, even. By default the model's own number.
-      start, end: of the part that is read, in seconds; by default the whole video.
-      snap: share of the distance between frames by which each may move to a keyframe; 0 takes the
-        times that training and benchmarks take.
-
-    Raises:
-      VideoError: the video cannot be read, or has too few frames.
-      ConfigError: a number that cannot be.
-    """
-    frames = settings.prompt.frames if frames is None else frames
-    segments = settings.prompt.segments if segments is None else segments
-    if not isinstance(frames, int) or frames < 2 or frames % 2:
-        raise ConfigError(f"frames={frames!r} must be an even number, since frames go in pairs")
-    if segments == "auto":
-        info = videos.probe(video)
-        length = (info.duration if end is None else end) - (start or 0.0)
-        wanted = max(settings.prompt.segments, math.ceil(length / AUTO_SECONDS))
-        segments = max(1, min(wanted, round(length * info.fps) // frames))
-    if not isinstance(segments, int) or segments < 1:
-        raise ConfigError(f"segments={segments!r} must be a number from 1 on, or 'auto'")
-    return videos.sample_times(video, segments, frames, start, end, snap)
-
-
-def check_question(question: str, options: Sequence[str] | None) -> tuple[str, ...]:
-    """The options as a tuple, empty for an open question.
-
-    Raises:
-      RecordError: there is no question, or the options are not at least two different texts.
-      PromptError: there are more options than letters.
-    """
-    if isinstance(options, str):
-        raise RecordError(f"options must be a list of strings, found {options!r}.")
-    # What holds for the question of a record holds here.
-    Record("question", "video", question, tuple(options or ("yes", "no")), "A")
-    if len(options or ()) > len(LETTERS):
-        raise prompts.PromptError(
-            f"there are {len(options)} options, but {len(LETTERS)} letters to answer with"
-        )
-    return tuple(options or ())
-
-
 class VideoMem:
     """A model, ready to be asked. Made by `from_pretrained`.
 
@@ -202,6 +138,7 @@ class VideoMem:
         forced: bool = True,
         dtype: str | None = None,
         devices: Sequence[jax.Device] | None = None,
+        time_limit: float | None = None,
         **sizes,
     ) -> VideoMem:
         """Reads a model in Hugging Face's layout: one that train.py left, or a Qwen3-VL.
@@ -213,6 +150,8 @@ class VideoMem:
             itself nothing changes; where not, it would have no memory and no answer.
           dtype: of parameters and activations; by default float32 on a CPU, else bfloat16.
           devices: that share the parameters; all by default.
+          time_limit: seconds that decoding a segment's frames may take, 60 by default; a video
+            that takes longer may have no end.
           **sizes: override keys of `settings.Prompt` and `settings.Memory`, such as
             `max_pixels=64 * 32 * 32`, `slots=256` or `answer="text"`.
 
@@ -225,7 +164,7 @@ class VideoMem:
                 f"{folder} holds no model: give the folder of a Hugging Face model, with its "
                 f"config.json"
             )
-        settings = cfg.load_sizes(folder, **sizes)
+        settings = asking.sized(folder, time_limit, **sizes)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         settings = dataclasses.replace(settings, model=cfg.Model(dtype=dtype))
         mesh = sharding.make_mesh(cfg.Mesh(data=1, fsdp=1, tensor=-1), devices)
@@ -251,8 +190,8 @@ class VideoMem:
           video: a file.
           question: in words.
           options: to choose from; None for an answer in free words.
-          segments: into how many parts the video is cut, or "auto" (see `plan`); by default as in
-            the model's training, 4 for a Qwen3-VL.
+          segments: into how many parts the video is cut, or "auto" (`asking.plan`); by default as
+            in the model's training, 4 for a Qwen3-VL.
           frames: read of each segment; by default as in training, 32 for a Qwen3-VL.
 
         Raises:
@@ -271,10 +210,11 @@ class VideoMem:
         start: float | None = None,
         end: float | None = None,
     ) -> Iterator[Segment]:
-        """As `ask`, but gives each segment as soon as it is read; maybe of a part (see `plan`)."""
-        options = check_question(question, options)
-        times = plan(video, self.settings, segments, frames, start, end)
-        size = frame_size(video, self.settings.prompt.max_pixels)
+        """As `ask`, but gives each segment as soon as it is read; maybe of a part."""
+        options = asking.check_question(question, options)
+        times = asking.plan(video, self.settings, segments, frames, start, end)
+        info = asking.decoder_of(self.settings).probe(video)
+        size = frame_size(video, self.settings.prompt.max_pixels, info)
         choices = self._choices(options)
         return self._segments(os.fspath(video), question, options, times, size, choices)
 
@@ -307,9 +247,9 @@ class VideoMem:
         grammar, judge = self._grammar(room, self._forced), self._grammar(room, True)
         memory = mem.empty(1, 1, m.slots, tokenizer.ids.pad)
         memory = jax.device_put(memory, self._everywhere)
-        prefix_size = p.prefix_tokens
+        prefix_size, decoder = p.prefix_tokens, asking.decoder_of(self.settings)
         for number, clip_times in enumerate(times, 1):
-            frames = videos.read_frames(video, clip_times, size)
+            frames = decoder.frames(video, clip_times, size)
             clip = make_clips(frames, 1, p.max_pixels)
 
             def written(length, clip_times=clip_times):

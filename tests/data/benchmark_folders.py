@@ -11,6 +11,8 @@ import pyarrow.parquet
 from videomem_jax.data import needle, records
 
 QUESTIONS = 4  # about each video
+# With which a tiny model reads them.
+SIZES = {"frames": 2, "max_pixels": 6 * 32 * 32, "slots": 6, "batch": 4, "timelines": 3}
 
 
 def film_records(folder: pathlib.Path, videos: int = 3, seed: int = 31) -> list[records.Record]:

@@ -45,11 +45,14 @@ def wide() -> bytes:
     return out.getvalue()
 
 
-def endless(path: Path) -> None:
-    """Half a .mkv, and then zeros: FFmpeg looks through half a terabyte of them for more."""
+def endless(path: Path, share: float = 0.5) -> None:
+    """Part of a .mkv, and then zeros: FFmpeg looks through half a terabyte of them for more.
+
+    With half of the .mkv the beginning can be read; a twentieth has no whole frame.
+    """
     data = make.film(0.0, form="matroska")
     with open(path, "wb") as out:
-        out.write(data[: len(data) // 2])
+        out.write(data[: int(len(data) * share)])
         out.truncate(2**39)
 
 

@@ -10,27 +10,16 @@ from videomem_jax.data import benchmarks, tables
 from videomem_jax.data.records import RecordError
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return folders.film_records(tmp_path_factory.mktemp("film"))
-
-
-@pytest.fixture
-def make(found, tmp_path_factory):
-    """Makes a folder of a kind."""
-    return lambda kind: folders.make(kind, tmp_path_factory.mktemp("benchmark"), found)
-
-
 @pytest.mark.parametrize("kind", folders.MAKERS)
-def test_every_question_is_read(make, found, kind):
-    benchmark = benchmarks.read(kind.split()[0], make(kind))
-    assert len(benchmark.questions) == len(found) == 12
+def test_every_question_is_read(benchmark_folder, film_records, kind):
+    benchmark = benchmarks.read(kind.split()[0], benchmark_folder(kind))
+    assert len(benchmark.questions) == len(film_records) == 12
     assert len({question.id for question in benchmark.questions}) == 12
-    by_text = {(r.question, r.options, r.answer) for r in found}
+    by_text = {(r.question, r.options, r.answer) for r in film_records}
     for question in benchmark.questions:
         assert os.path.isfile(question.video)
         if question.is_open:
-            assert question.answer in {o for r in found for o in r.options}
+            assert question.answer in {o for r in film_records for o in r.options}
             continue
         # A fifth and sixth option may be there; the four of the film's question come first.
         assert (question.question, question.options[:4], question.answer) in by_text
@@ -45,42 +34,42 @@ def test_every_question_is_read(make, found, kind):
     assert not benchmark.notes
 
 
-def first(make, kind):
-    return benchmarks.read(kind.split()[0], make(kind)).questions[0]
+def first(benchmark_folder, kind):
+    return benchmarks.read(kind.split()[0], benchmark_folder(kind)).questions[0]
 
 
 def listed(question, form="{}. {}"):
     return "\n".join(form.format(*pair) for pair in zip("ABCDEF", question.options, strict=False))
 
 
-def test_official_prompts(make):
-    q = first(make, "videomme")
+def test_official_prompts(benchmark_folder):
+    q = first(benchmark_folder, "videomme")
     assert q.prompt == (
         "Select the best answer to the following multiple-choice question based on the video. "
         "Respond with only the letter (A, B, C, or D) of the correct option.\n"
         f"{q.question}\n{listed(q)}\nThe best answer is:"
     )
-    q = first(make, "longvideobench")
+    q = first(benchmark_folder, "longvideobench")
     assert q.prompt == (
         f"{q.question}\n{listed(q)}\n"
         f"Answer with the option's letter from the given choices directly."
     )
-    q = first(make, "mlvu")
+    q = first(benchmark_folder, "mlvu")
     assert q.prompt == (
         f"Question: {q.question}\nOptions:\n{listed(q, '({}) {}')}\n"
         f"Only give the best option.\nBest option: ("
     )
-    q = first(make, "lvbench")
+    q = first(benchmark_folder, "lvbench")
     assert q.prompt == (
         f"{q.question}\n{listed(q, '({}) {}')}\nAnswer the question with the option letter"
     )
-    q = first(make, "longtimescope")
+    q = first(benchmark_folder, "longtimescope")
     assert q.prompt == f"{q.question}\n{listed(q)}\nAnswer with the letter."
-    q = first(make, "records")
+    q = first(benchmark_folder, "records")
     assert q.prompt == f"{q.question}\n{listed(q)}"
 
 
-def test_groups(make):
+def test_groups(benchmark_folder):
     """The breakdowns of each benchmark, and no others."""
     expected = {
         "videomme": {"duration", "domain", "sub_category", "task_type"},
@@ -91,18 +80,19 @@ def test_groups(make):
         "records": {"source", "category"},
     }
     for kind, names in expected.items():
-        benchmark = benchmarks.read(kind, make(kind))
+        benchmark = benchmarks.read(kind, benchmark_folder(kind))
         assert all(set(question.groups) == names for question in benchmark.questions)
         assert benchmark.average == ("task" if kind == "mlvu" else "")
     kinds = [
-        q.groups["question_type"] for q in benchmarks.read("lvbench", make("lvbench")).questions
+        q.groups["question_type"]
+        for q in benchmarks.read("lvbench", benchmark_folder("lvbench")).questions
     ]
     assert kinds[0] == ("entity recognition", "reasoning") and kinds[1] == ("event understanding",)
 
 
-def test_twins_are_the_same(make):
+def test_twins_are_the_same(benchmark_folder):
     for name, twin in (("longvideobench", "longvideobench twin"), ("lvbench", "lvbench mirror")):
-        a, b = (benchmarks.read(name, make(kind)).questions for kind in (name, twin))
+        a, b = (benchmarks.read(name, benchmark_folder(kind)).questions for kind in (name, twin))
         plain = lambda qs: [(q.id, q.prompt, q.options, q.answer, q.groups) for q in qs]  # noqa: E731
         assert plain(a) == plain(b)
 
@@ -134,9 +124,11 @@ def changed(folder, pattern, change):
         ({"id": "lvb0_1"}, "duplicate id", "the id 'lvb0_1' was used before"),
     ],
 )
-def test_a_bad_row_is_lost_and_named(make, change, cause, said):
+def test_a_bad_row_is_lost_and_named(benchmark_folder, change, cause, said):
     """It stays in the count: what cannot be asked is wrong."""
-    folder = changed(make("longvideobench"), "lvb_val.json", lambda rows: rows[2].update(change))
+    folder = changed(
+        benchmark_folder("longvideobench"), "lvb_val.json", lambda rows: rows[2].update(change)
+    )
     benchmark = benchmarks.read("longvideobench", folder)
     assert len(benchmark.questions) == 11 and len(benchmark.lost) == 1
     (lost,) = benchmark.lost
@@ -144,17 +136,21 @@ def test_a_bad_row_is_lost_and_named(make, change, cause, said):
     assert lost.sentence.startswith(lost.id.removesuffix(" again"))
 
 
-def test_a_row_that_is_no_object(make):
-    folder = changed(make("longvideobench"), "lvb_val.json", lambda rows: rows.append("row"))
+def test_a_row_that_is_no_object(benchmark_folder):
+    folder = changed(
+        benchmark_folder("longvideobench"), "lvb_val.json", lambda rows: rows.append("row")
+    )
     (lost,) = benchmarks.read("longvideobench", folder).lost
     assert lost.sentence == "row 13: a row must be an object."
 
 
-def test_files_outside_where_that_is_allowed(make, found):
-    change = {"video_path": found[0].video}
-    folder = changed(make("longvideobench"), "lvb_val.json", lambda rows: rows[0].update(change))
+def test_files_outside_where_that_is_allowed(benchmark_folder, film_records):
+    change = {"video_path": film_records[0].video}
+    folder = changed(
+        benchmark_folder("longvideobench"), "lvb_val.json", lambda rows: rows[0].update(change)
+    )
     benchmark = benchmarks.read("longvideobench", folder, allow_outside=True)
-    assert benchmark.questions[0].video == found[0].video and not benchmark.lost
+    assert benchmark.questions[0].video == film_records[0].video and not benchmark.lost
 
 
 @pytest.mark.parametrize("name", benchmarks.READERS)
@@ -166,16 +162,16 @@ def test_what_is_missing_is_said(tmp_path, name):
         benchmarks.read(name, tmp_path / "gone")
 
 
-def test_a_folder_without_its_videos(make):
-    folder = make("videomme")
+def test_a_folder_without_its_videos(benchmark_folder):
+    folder = benchmark_folder("videomme")
     for path in (folder / "data").iterdir():
         path.unlink()
     with pytest.raises(RecordError, match=r"none of the videos of videomme; the first .*yt_0\.mp4"):
         benchmarks.read("videomme", folder)
 
 
-def test_tasks_of_mlvu_that_are_missing(make):
-    folder = make("mlvu")
+def test_tasks_of_mlvu_that_are_missing(benchmark_folder):
+    folder = benchmark_folder("mlvu")
     (folder / "json/5_order.json").unlink()
     (note,) = benchmarks.read("mlvu", folder).notes
     assert note.startswith("5_order is not in the folder: M-Avg is the mean of the tasks that are")

@@ -1,13 +1,11 @@
 """Chains of memory, with models that see the frames, forget, leak, fail and come back."""
 
 import base64
-import dataclasses
 import functools
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +23,7 @@ pytest.importorskip("openai")
 from tests.endpoint import Raw, Stall, asked, serving
 from videomem_jax import run, settings
 from videomem_jax.data import chain_files, chains
-from videomem_jax.data.chain_writers import Draft, told_letter
+from videomem_jax.data.chain_writers import Draft
 from videomem_jax.data.records import Record, read_records, write_records
 from videomem_jax.prompt import PromptError
 
@@ -386,145 +384,3 @@ def test_mistakes_are_one_sentence(call, data, more, sentence):
 def test_models_are_needed(call):
     code, _, err = call(None, None)
     assert code == 2 and "give --vlm and --llm" in err
-
-
-@pytest.mark.parametrize(
-    "memory",
-    [
-        "A man walks in. The answer is B.",
-        "the correct answer seems to be (B)",
-        "the answer could be C",
-        "Option B is likely",
-        "Answer: C",
-        "red, then blue (C)",
-        "so far\nB\n",
-        "B. the blue card",
-        "b) x B) The Blue Card was shown",
-    ],
-)
-def test_a_letter_is_found(memory):
-    assert told_letter(memory, ("a cat", "the blue card", "none"))
-
-
-@pytest.mark.parametrize(
-    "memory",
-    [
-        "A man with vitamin C walks in.",
-        "Plan B fails; Anna answers the phone.",
-        "The answer machine plays a message.",
-        "grade D",
-        "An option is a car, the answer was A car.",
-        "",
-        "12.0 s: the blue card. Then C4 explodes.",
-    ],
-)
-def test_no_letter(memory):
-    assert not told_letter(memory, ("a cat", "the blue card", "none"))
-    assert not told_letter("the answer is B", ())
-
-
-# --- this project's own model ---
-
-
-@pytest.mark.slow
-def test_the_own_model_writes_chains(call, data, monkeypatch):
-    own = data / "own"
-    shutil.copytree(run.BASE, own)
-    prompt = settings.Prompt(
-        segments=4, frames=4, max_pixels=4096, prefix_tokens=104, answer="text", options=4
-    )
-    sized = settings.Settings(prompt=prompt, memory=settings.Memory(slots=8, budget=8))
-    settings.save_sizes(sized, own)
-    question, options, _ = QUESTIONS[0]
-    rows = [Record(f"q{a}", "film.mp4", question, options, a) for a in "ABC"]
-    write_records(data / "train.jsonl", rows)
-    code, out, err = call(None, None, "--own", own)
-    # Three times the same question, with another right answer: one of them is what it says.
-    assert code == 0 and "1 chains kept" in out and "2 answer not in memory" in out, err
-    [kept], _ = read_records(data / "coldstart.jsonl")
-    assert len(kept.memories) == 4 and kept.answers[-1] == kept.answer
-    from videomem_jax.videomem import VideoMem
-
-    model = VideoMem.from_pretrained(own, answer_from="memory", max_pixels=4096)
-    said = model.ask(str(data / "film.mp4"), kept.question, kept.options)
-    assert [s.memory for s in said.segments] == list(kept.memories)
-    # Its replies are kept too, and known by its weights.
-    chain_files.beside(data / "coldstart.jsonl", "chains.jsonl").unlink()
-    monkeypatch.setattr(VideoMem, "read", lambda *_: pytest.fail("it was read before"))
-    assert call(None, None, "--own", own)[0] == 0
-
-
-# --- what people said ---
-
-
-@pytest.fixture
-def chained(data):
-    """Three chains in a file, and the means to review them."""
-    row = {"video": "film.mp4", "question": "?", "options": ("a", "b"), "answer": "A"}
-    found = [
-        Record(id=f"c{i}", memories=("x", f"y {i}"), answers=("", "A"), **row) for i in range(3)
-    ]
-    path = data / "coldstart.jsonl"
-    write_records(path, found)
-    found, _ = read_records(path)
-
-    def review(record, verdict, **changes):
-        made = chain_files.Review(
-            dataclasses.replace(record, **changes), verdict, chain_files.fingerprint(record)
-        )
-        with chain_files.Log(chain_files.beside(path, "reviews.jsonl")) as log:
-            log.add(made)
-
-    return path, found, review
-
-
-def learnt(path):
-    """What the cold start reads, by id."""
-    s = settings.Settings(data=settings.Data(folder=str(path.parent)))
-    return {r.id: r for r in run.training_data(s, path.name, chains=True, open_ended=True)}
-
-
-def test_the_cold_start_honours_reviews(chained, capsys):
-    path, found, review = chained
-    assert list(learnt(path)) == ["c0", "c1", "c2"]
-    review(found[0], "reject")
-    review(found[1], "reject")
-    review(found[1], "edit", memories=("x", "better"))
-    review(found[2], "accept")
-    # One that the checks rejected, so that it is in no file but this.
-    review(dataclasses.replace(found[2], id="c9"), "accept")
-    got = learnt(path)
-    assert list(got) == ["c1", "c2", "c9"]
-    assert got["c1"].memories == ("x", "better") and got["c1"].video == found[1].video
-    assert "1 rejected, 1 edited, 1 added" in capsys.readouterr().out
-    # PRPO's records are no chains.
-    s = settings.Settings(data=settings.Data(folder=str(path.parent)))
-    assert len(run.training_data(s, path.name)) == 3
-
-
-def test_a_review_of_an_older_chain_is_not_followed(chained, caplog):
-    path, found, review = chained
-    review(dataclasses.replace(found[0], memories=("older", "chain")), "reject")
-    assert list(learnt(path)) == ["c0", "c1", "c2"]
-    assert "c0: its review is of an older chain" in caplog.text
-
-
-def test_reviews_that_reject_all_are_said(chained):
-    path, found, review = chained
-    for record in found:
-        review(record, "reject")
-    with pytest.raises(run.records.RecordError, match="review rejected all of its 3 chains"):
-        learnt(path)
-
-
-def test_broken_lines_of_reviews_are_skipped(chained):
-    path, found, review = chained
-    file = chain_files.beside(path, "reviews.jsonl")
-    file.write_bytes(b'\xff\n[1]\n{"record": 3}\n{"verdict": "reject"}\n{"record": {"id": "c')
-    review(found[0], "reject")
-    outside = json.loads(file.read_text(errors="replace").splitlines()[-1])
-    outside["record"] |= {"id": "c8", "video": "../../x.mp4"}
-    outside["verdict"] = "accept"
-    with open(file, "a") as lines:
-        lines.write(json.dumps(outside) + "\n")
-    assert list(learnt(path)) == ["c1", "c2"]

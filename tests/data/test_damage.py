@@ -99,7 +99,7 @@ def test_a_time_limit_that_c_code_cannot_escape(good, tmp_path):
     """FFmpeg goes through half a terabyte inside one call, and is ended there."""
     damage.endless(tmp_path / "endless.mkv")
     began = time.monotonic()
-    with pytest.raises(VideoError, match=r"longer than config.data.time_limit=1.5 s") as caught:
+    with pytest.raises(VideoError, match=r"longer than time_limit=1.5 s") as caught:
         Decoder(1.5, 1024).read(wanted(tmp_path / "endless.mkv"))
     took = time.monotonic() - began
     assert caught.value.cause == "slow" and 1.4 < took < 30
@@ -139,7 +139,7 @@ def test_a_file_cannot_name_others(good, tmp_path):
 def test_memory_has_a_limit(tmp_path):
     (tmp_path / "wide.mov").write_bytes(damage.wide())
     asked = wanted(tmp_path / "wide.mov", segments=1, frames=2)
-    with pytest.raises(VideoError, match="config.data.decoder_mb") as caught:
+    with pytest.raises(VideoError, match="more memory than decoder_mb") as caught:
         Decoder(300.0, 150).read(asked)
     assert caught.value.cause == "memory"
     assert Decoder(300.0, 600).read(asked).frames.shape == (2, 64, 64, 3)
@@ -314,7 +314,7 @@ def record(path, name="q", **fields):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_on_a_folder_with_bad_videos(tokenizer, tmp_path, caplog, workers):
+def test_training_on_a_folder_with_bad_videos(tokenizer, tmp_path, caplog, monkeypatch, workers):
     """20 videos, two of them bad: the same batches of the others each time.
 
     Without workers, one of the two has no end.
@@ -332,8 +332,14 @@ def test_training_on_a_folder_with_bad_videos(tokenizer, tmp_path, caplog, worke
         rows.append(record(path, str(i)))
     records.write_records(tmp_path / "train.jsonl", rows)
     found, _ = records.read_records(tmp_path / "train.jsonl")
-    # Long enough for a good video on a busy machine.
-    s = settings(time_limit=60.0 if workers else 25.0, workers=workers)
+    s, read = settings(workers=workers), Decoder.read
+
+    def hasty(self, asked):
+        """A good video has the time that it needs on a busy machine, the other one has not."""
+        short = Decoder(1.5, self.megabytes)
+        return read(short if asked.path.endswith(".mkv") else self, asked)
+
+    monkeypatch.setattr(Decoder, "read", hasty)  # workers have their own, and no such video
     seen, counts = [], []
     for _ in range(2):
         skips = pipeline.Skips()

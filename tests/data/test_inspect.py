@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import benchmark_folders as folders
 from tests.data import training_folders as make
-from videomem_jax.data import inspect, records
+from videomem_jax.data import benchmarks, inspect, records
 from videomem_jax.data.records import Record
 
 
@@ -59,6 +60,26 @@ def test_one_file_and_no_videos(folder, tmp_path, capsys, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inspect.main([str(folder / "own.jsonl"), "--videos", "0", "--page", ""])
     assert "0 videos decoded" in capsys.readouterr().out and not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize("kind", sorted(set(folders.MAKERS) - {"records"}))
+def test_a_benchmark(film_records, tmp_path_factory, capsys, kind):
+    """With what eval.py is to be told; also from a folder that holds the benchmark."""
+    above = tmp_path_factory.mktemp("above")
+    folder, page = folders.make(kind, above / "it", film_records), above / "page.html"
+    name, title = kind.split()[0], benchmarks.TITLES[kind.split()[0]]
+    inspect.main([str(folder), "--page", str(page), "--videos", "2", "--examples", "1"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"{folder}: {title}\n")
+    assert f"python eval.py --config=configs/eval.py:{name} --config.data_dir={folder}\n" in said
+    open_ended = 2 if kind == "mlvu" else 0
+    assert f"questions: 12, {open_ended} of them open-ended" in said
+    assert re.search(r"videos: (\d+), \1 of them there", said)
+    assert "2 videos decoded, 0 of them cannot be used" in said
+    if kind == "mlvu":
+        assert "1 records skipped (1 answer)" in said and "'something else' is none" in said
+    assert page.read_text().count("data:image/jpeg") == 6
+    assert inspect.find(above) == [(folder, title)]
 
 
 @pytest.mark.parametrize(

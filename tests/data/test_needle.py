@@ -274,7 +274,7 @@ def test_files_of_others_are_left_alone(tmp_path):
 
 
 def test_full_disk_is_one_sentence_and_the_rest_can_be_made_later(tmp_path, monkeypatch):
-    real = records.replacing
+    real = needle.replacing
 
     @contextlib.contextmanager
     def full(path):
@@ -284,7 +284,7 @@ def test_full_disk_is_one_sentence_and_the_rest_can_be_made_later(tmp_path, monk
                 raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "replacing", full)
+        patch.setattr(needle, "replacing", full)
         with pytest.raises(NeedleError, match=r"The disk that holds .* is full; free some space"):
             needle.build(tmp_path, ONE, progress=False)
     assert not (tmp_path / "val.jsonl").exists()

@@ -89,6 +89,7 @@ def test_llava_video(folder, tmp_path):
         ("Who?\nA. cat\nB. a boat", "Who?", ("cat", "a boat")),
         ("Who?\n(A) cat\n(B) boat\n(C) dog\nAnswer with a letter.", "Who?", ("cat", "boat", "dog")),
         ("Who?\nOptions:\nA) cat\nB) boat", "Who?", ("cat", "boat")),
+        ("Who?\nA.cat\n(B)boat", "Who?", ("cat", "boat")),
         ("Who? (A) cat (B) boat", "Who?", ("cat", "boat")),
         ("Who? A: cat B: boat", "Who?", ("cat", "boat")),
         ("A. Milne wrote?\nA. cat\nB. boat", "A. Milne wrote?", ("cat", "boat")),
@@ -112,13 +113,23 @@ def test_options_are_taken_out_of_the_text(text, question, options):
     + [("a cat", "A"), ("A cat.", "A"), ("Black", "B")],
 )
 def test_letters_of_replies(reply, letter):
-    assert choices.letter_of(reply, ("a cat", "black", "C")) == letter
+    assert choices.letter_of(reply, ("a cat", "black", "C"), reply=True) == letter
+
+
+def test_letters_of_answers():
+    """Those of a benchmark are what they are: nothing is read into them."""
+    options = ["a cat", "black", "C"]
+    given = ["B", " (B)", "B.", 1, "black", "a cat", 2, "C"]
+    assert [choices.letter_of(answer, options) for answer in given] == list("BBBBBACC")
+    for answer in ("Black", "B. Black.", "D", 3, -1, ""):
+        with pytest.raises(BadRecord, match="is none of the 3 options"):
+            choices.letter_of(answer, options)
 
 
 @pytest.mark.parametrize("reply", ["D", "", "Do not know", "A cat and black", "E. x", "AB"])
 def test_a_reply_that_is_no_option(reply):
     with pytest.raises(BadRecord, match="none of the 3 options"):
-        choices.letter_of(reply, ("a cat", "black", "C"))
+        choices.letter_of(reply, ("a cat", "black", "C"), reply=True)
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path):

@@ -43,6 +43,7 @@ class Config:
     timelines: int = 12  # in the report
     mesh: cfg.Mesh = cfg.Mesh()
     judge: cfg.Judge = cfg.Judge()  # of open-ended answers, where it has a URL
+    runtime: cfg.Runtime = cfg.Runtime()
 
     @property
     def counts(self) -> tuple[int, ...]:

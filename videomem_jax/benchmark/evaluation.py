@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 from tqdm import tqdm
 
+from videomem_jax import hosts, metrics, run, sharding
 from videomem_jax import judge as judges
-from videomem_jax import metrics, run, sharding
 from videomem_jax import settings as cfg
+from videomem_jax.atomic_file import replacing
 from videomem_jax.benchmark import config as keys
 from videomem_jax.benchmark import page, reading, scores
 from videomem_jax.benchmark.config import Config
@@ -28,7 +29,7 @@ from videomem_jax.benchmark.reading import Way
 from videomem_jax.benchmark.samples import Samples, claim, hash_texts, hash_weights
 from videomem_jax.data import benchmarks
 from videomem_jax.data.benchmarks import Benchmark, Lost
-from videomem_jax.data.records import RecordError, replacing
+from videomem_jax.data.records import RecordError
 from videomem_jax.models.config import ConfigError
 
 
@@ -45,34 +46,60 @@ def evaluate_benchmark(config: config_dict.ConfigDict, workdir: str | None) -> N
     """
     began = time.perf_counter()
     c = keys.freeze(config)
-    if jax.process_count() > 1:
-        raise ConfigError("a benchmark is read by one process: start eval.py on one host only")
+    run.prepare(c.runtime)
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_batch(mesh, batch=c.batch)
     s = keys.settings(c)
     benchmark = chosen(benchmarks.read(c.benchmark, c.data_dir, c.allow_outside), c)
     ways = plan(c, s)
     folder = pathlib.Path(workdir or default_workdir(c))
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, identity(c, s, benchmark))
-    judge = judge_of(c, folder)
-    samples = Samples(folder)
+    asked = same_everywhere(identity(c, s, benchmark))
+    judge, samples = hosts.first_does(lambda: open_folder(folder, asked, c)) or (None, None)
     for note in benchmark.notes:
         print(note)
 
     lost = read(c, s, benchmark, ways, samples, mesh)
-    results = summarise(benchmark, ways, s.prompt.segments, samples, lost, judge) | {
-        "depends_on": depends_on(c, s, benchmark, ways),
-        "config": json.loads(config.to_json()),
-        "versions": run.versions(),
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_rss_gb": round(metrics.peak_rss_gb(), 2),
-    }
-    with replacing(folder / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode())
-    shown = page.write(folder, c.timelines)
-    print(table(results))
-    print(f"results: {folder / 'results.json'}\nreport: {shown}")
+
+    def conclude() -> None:
+        results = summarise(benchmark, ways, s.prompt.segments, samples, lost, judge) | {
+            "depends_on": asked | depends_on(c, benchmark, ways),
+            "config": json.loads(config.to_json()),
+            "versions": run.versions(),
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_rss_gb": round(metrics.peak_rss_gb(), 2),
+        }
+        with replacing(folder / "results.json") as file:
+            file.write(json.dumps(results, indent=1).encode())
+        shown = page.write(folder, c.timelines)
+        print(table(results))
+        print(f"results: {folder / 'results.json'}\nreport: {shown}")
+
+    hosts.first_does(conclude)
+
+
+def open_folder(
+    folder: pathlib.Path, asked: Mapping[str, Any], c: Config
+) -> tuple[judges.Judge, Samples]:
+    """The judge of open-ended answers, and the answers that the folder holds already.
+
+    Raises:
+      ConfigError, LLMError: see `claim` and `judge_of`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, asked)
+    return judge_of(c, folder), Samples(folder)
+
+
+def same_everywhere(asked: dict[str, Any]) -> dict[str, Any]:
+    """What is asked; ConfigError if another host has other questions or weights."""
+    for host, other in enumerate(hosts.gather(asked)):
+        for key, value in asked.items():
+            if other[key] != value:
+                raise ConfigError(
+                    f"host {host} has other {key} than host {jax.process_index()}: give all of "
+                    f"them the same --config.data_dir and --config.weights"
+                )
+    return asked
 
 
 def judge_of(c: Config, folder: pathlib.Path) -> judges.Judge:
@@ -150,20 +177,28 @@ def read(
     s: cfg.Settings,
     benchmark: Benchmark,
     ways: Sequence[Way],
-    samples: Samples,
+    samples: Samples | None,
     mesh: Mesh,
 ) -> dict[int, list[Lost]]:
     """Reads every question that has no sample yet; returns those lost, by number of segments.
 
-    A question that was lost is tried again in the next run: its video may have been put right.
+    The processes share the questions, and only the first has `samples`. A question that was lost
+    is tried again in the next run: its video may have been put right.
     """
     loaded = None
-    lost = {way.segments: list(benchmark.lost) for way in ways}
+    lost = {}
+    done = {(n, name) for n, name in hosts.gather(list(samples.rows) if samples else [])[0]}
+    place = {q.id: number for number, q in enumerate(benchmark.questions)}
     for way in ways:
-        todo = [q for q in benchmark.questions if (way.segments, q.id) not in samples.rows]
-        total = len(benchmark.questions)
-        title = f"{c.benchmark}, {way.segments} segment{'s' * (way.segments > 1)}"
-        with tqdm(total=total, initial=total - len(todo), desc=title, unit="question") as bar:
+        todo = [q for q in benchmark.questions if (way.segments, q.id) not in done]
+        gone = []
+        with tqdm(
+            total=len(place),
+            initial=len(place) - len(todo),
+            desc=f"{c.benchmark}, {way.segments} segment{'s' * (way.segments > 1)}",
+            unit="question",
+            disable=not hosts.first(),
+        ) as bar:
             for is_open in (False, True):
                 part = [q for q in todo if q.is_open == is_open]
                 if not part:
@@ -172,10 +207,12 @@ def read(
                 # Room for all, also where some are read: a run that goes on computes the same.
                 everything = [q for q in benchmark.questions if q.is_open == is_open]
                 reader = reading.Reader(loaded, s, mesh, way, everything)
-                for items, gone in reader.read(part):
-                    samples.add(way.segments, items)
-                    lost[way.segments] += gone
-                    bar.update(len(items) + len(gone))
+                for items, unread in reader.read(part):
+                    if samples:
+                        samples.add(way.segments, items)
+                    gone += unread
+                    bar.update(len(items) + len(unread))
+        lost[way.segments] = [*benchmark.lost, *sorted(gone, key=lambda one: place[one.id])]
     return lost
 
 
@@ -276,15 +313,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def depends_on(
-    c: Config, s: cfg.Settings, benchmark: Benchmark, ways: Sequence[Way]
-) -> dict[str, Any]:
-    """What the numbers depend on, beside the code: in words and as hashes."""
+def depends_on(c: Config, benchmark: Benchmark, ways: Sequence[Way]) -> dict[str, Any]:
+    """What the numbers depend on, beside the code and `identity`."""
     example = benchmark.questions[0]
     how = "the format forced" if c.forced else "free; of a malformed answer, the letter it names"
     if not c.memory:
         how = "a free reply, the letter it names"
-    return identity(c, s, benchmark) | {
+    return {
         "model": os.path.abspath(c.weights),
         "data": os.path.abspath(c.data_dir),
         "limit": c.limit,

@@ -9,20 +9,13 @@ from typing import Any
 
 from videomem_jax import report, report_timelines
 from videomem_jax import report_plots as plots
+from videomem_jax.atomic_file import replacing
 from videomem_jax.benchmark.samples import FILE
-from videomem_jax.data.records import replacing
+from videomem_jax.data import benchmarks
 from videomem_jax.report_plots import Line, Plot
 from videomem_jax.report_run import Interval, ReportError, interval, intervals
 
 _LINE = Line("accuracy", "accuracy", "prpo")
-_TITLES = {
-    "videomme": "Video-MME",
-    "longvideobench": "LongVideoBench",
-    "mlvu": "MLVU",
-    "lvbench": "LVBench",
-    "longtimescope": "LongTimeScope",
-    "records": "Records",
-}
 
 
 def write(folder: pathlib.Path, timelines: int) -> pathlib.Path:
@@ -57,7 +50,7 @@ def _context(results: Mapping[str, Any], rows: list[dict], timelines: int) -> di
         row for row in rows if row["segments"] == main["segments"] and report_timelines.is_item(row)
     ]
     return {
-        "title": _TITLES[results["benchmark"]],
+        "title": benchmarks.TITLES[results["benchmark"]],
         "results": results,
         "main": main,
         "chance": chance,

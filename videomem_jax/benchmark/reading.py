@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from videomem_jax import evaluate, hosts, rollout, run, sharding
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
-from videomem_jax import rollout, run, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch
 from videomem_jax.data import pipeline
@@ -132,15 +132,26 @@ class _Losses:
 
     def __init__(self, questions: Sequence[Question]):
         self._questions = questions
-        self.found: dict[str, Lost] = {}
+        self._found: dict[str, Lost] = {}
 
     def usable(self, row, of: int) -> bool:
         if isinstance(row, Batch):
             return True
         q = self._questions[row.index]
         lost = Lost(q.id, row.cause, f"{q.id}: {row.sentence}", q.groups, q.video, q.is_open)
-        self.found[q.id] = lost
+        self._found[str(row.index)] = lost
         return False
+
+    def taken(self) -> list[Lost]:
+        """Those of all processes that were found since the last time."""
+        rows = _joined({i: dataclasses.asdict(lost) for i, lost in self._found.items()})
+        self._found.clear()
+        return [Lost(**rows[i]) for i in sorted(rows, key=int)]
+
+
+def _joined(mine: dict[str, Any]) -> dict[str, Any]:
+    """What the processes found, each of questions of its own, by their numbers."""
+    return {number: found for part in hosts.gather(mine) for number, found in part.items()}
 
 
 class _Said(NamedTuple):
@@ -191,31 +202,39 @@ class Reader:
         self._form = run.make_format(loaded.tokenizer, loaded.model, s, forced)
         # Forced options of several tokens can be mixed up in writing.
         self._weighs = forced and not is_open and self._form.grammar.room > 1
+        self._shard = sharding.batch_sharding(mesh)
         self._read = jax.jit(
             sharding.laid_out(mesh, self._read_batch),
-            in_shardings=(None, None, sharding.batch_sharding(mesh)),
+            in_shardings=(None, None, self._shard),
             out_shardings=sharding.replicated(mesh),
         )
 
     def read(
         self, questions: Sequence[Question]
     ) -> Iterator[tuple[list[tuple[Question, list[Step]]], list[Lost]]]:
-        """Yields, for each batch, its questions with what was made of them, and those lost."""
+        """Yields, for each batch, its questions with what was made of them, and those lost.
+
+        The processes share the questions; what is yielded is the same in all of them.
+        """
         loader, losses = _Loader(self._tokenizer, self._settings, self._way), _Losses(questions)
         s = self._settings
         batches = pipeline.evaluation_batches(
-            questions, loader, s.eval.batch, losses, s.data.threads
+            *(questions, loader, s.eval.batch, losses, s.data.threads, hosts.reader(self._shard)),
         )
-        for batch in batches:
-            found = jax.device_get(self._read(self._params, self._form.grammar, batch))
+        for batch in evaluate.together(batches):
+            # Only who has read a video must have it.
+            mine = batch.record[batch.real].tolist()
+            times = _joined({str(i): loader.times(questions[i]).tolist() for i in mine})
+            placed = hosts.spread(self._shard, batch)
+            found = jax.device_get(self._read(self._params, self._form.grammar, placed))
             done = []
             for i in np.flatnonzero(found.real):
-                question = questions[int(found.record[i])]
-                times = loader.times(question)
-                done.append((question, self._steps(question, times, found.said, i)))
-            yield done, list(losses.found.values())
-            losses.found.clear()
-        yield [], list(losses.found.values())
+                number = int(found.record[i])
+                steps = self._steps(questions[number], times[str(number)], found.said, i)
+                done.append((number, steps))
+            done.sort(key=lambda pair: pair[0])
+            yield [(questions[number], steps) for number, steps in done], losses.taken()
+        yield [], losses.taken()
 
     def _read_batch(self, params: nnx.State, grammar: fmt.Grammar, batch: Batch) -> _Read:
         said = self._with_memory if self._way.memory else self._at_once
@@ -265,7 +284,9 @@ class Reader:
         told = fmt.parse(grammar, out.tokens, out.state, batch.choices[:, None], form.ids.pad)
         return _Said(*jax.tree.map(lambda a: a[None, :, 0], (out.tokens, told)))
 
-    def _steps(self, question: Question, times: np.ndarray, said: _Said, i: int) -> list[Step]:
+    def _steps(
+        self, question: Question, times: Sequence[Sequence[float]], said: _Said, i: int
+    ) -> list[Step]:
         """What was made of one question; a malformed step hands on the memory it was given."""
         memory, length, steps = "", 0, []
         for t, clip_times in enumerate(times):
@@ -282,8 +303,7 @@ class Reader:
             shown = None if good else reply
             # Without a memory there is no format to keep to.
             good = good if self._way.memory else answer is not None
-            found = tuple(map(float, clip_times))
-            steps.append(Step(found, memory, length, answer, good, shown))
+            steps.append(Step(tuple(clip_times), memory, length, answer, good, shown))
         return steps
 
     def _reply(self, ids: np.ndarray) -> str:

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from videomem_jax.atomic_file import replacing
 from videomem_jax.benchmark.reading import Step
 from videomem_jax.data.benchmarks import Question
-from videomem_jax.data.records import replacing
 from videomem_jax.models.config import ConfigError
 
 FILE, IDENTITY = "samples.jsonl", "identity.json"

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 from videomem_jax import instructions, llm
 from videomem_jax.data import video
+from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.records import LETTERS, BadRecord, Record
 from videomem_jax.data.sampling import frame_size
 from videomem_jax.judge import Case, Judge
@@ -90,6 +91,7 @@ class EndpointWriter:
         """`settings` gives segments, frames, pixels and the budget; `count` a memory's tokens."""
         self._vlm, self._llm, self._settings, self._count = vlm, writer, settings, count
         self._reader = Reader(writer)
+        self._decoder = Decoder(settings.data.time_limit, settings.data.decoder_mb)
         self.identity = f"{vlm.endpoint.identity} {writer.endpoint.identity}"
         # Questions about one video tend to stand together.
         self._summary_of = functools.lru_cache(_CLIPS_KEPT)(self._summary_of)
@@ -97,8 +99,10 @@ class EndpointWriter:
     def write(self, record: Record) -> Draft:
         """A draft; the summaries do not depend on the question, so a video's records share them."""
         p = self._settings.prompt
-        times = video.sample_times(record.video, p.segments, p.frames, record.start, record.end)
-        size = frame_size(record.video, p.max_pixels)
+        info = self._decoder.probe(record.video)
+        part = (record.start, record.end)
+        times = self._decoder.times(record.video, p.segments, p.frames, *part)
+        size = frame_size(record.video, p.max_pixels, info)
         clips = tuple(map(tuple, times.tolist()))
         requests = [self._summary_of(record.video, clip, size) for clip in clips]
         summaries = _values(self._vlm.ask(requests))
@@ -111,7 +115,7 @@ class EndpointWriter:
         return Draft(clips, tuple(summaries), tuple(memories), answers, supported[-1])
 
     def _summary_of(self, path: str, clip: tuple[float, ...], size: tuple[int, int]) -> llm.Request:
-        frames = video.read_frames(path, clip, size)
+        frames = self._decoder.frames(path, clip, size)
         return llm.Request(instructions.summary(frames, clip), _SUMMARY_TOKENS)
 
     def _memory(self, record: Record, before: str, summary: str, number: int, of: int) -> str:

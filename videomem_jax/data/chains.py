@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from videomem_jax import instructions, llm, run
+from videomem_jax import command_line, instructions, llm
 from videomem_jax import settings as cfg
 from videomem_jax.data import chain_files, chain_writers, records
 from videomem_jax.data.chain_files import Chain
@@ -190,13 +190,7 @@ def summary(done: dict[str, Chain], missed: dict[str, tuple[str, str]]) -> str:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m videomem_jax.data.chains",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser_of("videomem_jax.data.chains", __doc__)
     add = parser.add_argument
     add("records", type=Path, help="a JSONL file of records")
     add("--out", type=Path, help="file of chains (default: coldstart.jsonl beside the records)")
@@ -326,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     """Reads the command line, then makes the chains."""
     arguments = _arguments(argv)
     try:
-        run.entry(lambda: chains(arguments))
+        command_line.entry(lambda: chains(arguments))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Multiple choice as data sets write it: options in the question's text, a letter in the reply."""
+"""Multiple choice as data sets and benchmarks write it: options in a text, a letter as answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from videomem_jax.data.records import LETTERS, BadRecord
 
 # "A. cat", "(A) cat", "A) cat", "A: cat": on a line of its own, or after a space.
-_LINE = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]+", re.MULTILINE)
+_LINE = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*", re.MULTILINE)
 _INLINE = re.compile(r"(?:^|(?<=\s))\(?([A-Z])[).:][ \t]+", re.MULTILINE)
 _HEADING = re.compile(r"\s*\b(?:options|choices)\s*:?\s*$", re.IGNORECASE)
-_REPLY = re.compile(r"\s*\(?([A-Z])(?:[).:](?:\s|$)|\s*$)")
+_LETTER = re.compile(r"\s*\(?([A-Z])[).:]*\s*")
+_REPLY = re.compile(r"\s*\(?([A-Z])[).:](?:\s|$)")
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
@@ -46,22 +47,36 @@ def _last_run(marks: list[re.Match]) -> list[re.Match]:
     return []
 
 
-def letter_of(reply: str, options: Sequence[str]) -> str:
-    """The letter that a reply gives: "B", "B.", "(B)", "B. Black.", or an option's text.
+def letter_of(answer: str | int, options: Sequence[str], reply: bool = False) -> str:
+    """The letter that an answer gives: "B", "B.", "(B)", or an option's text or place from 0.
+
+    Args:
+      answer: as it is written.
+      options: of the question.
+      reply: whether it is a model's: "B. Black." is then B, and a text may differ in case.
 
     Raises:
       BadRecord: it gives none of the options.
     """
-    found = _REPLY.match(reply)
-    if found and found[1] in LETTERS[: len(options)]:
-        return found[1]
-    told = _plain(reply)
-    same = [letter for letter, o in zip(LETTERS, options, strict=False) if _plain(o) == told]
-    if len(same) != 1:
-        raise BadRecord(
-            "answer", f"the reply {reply[:60]!r} is none of the {len(options)} options."
-        )
-    return same[0]
+    if isinstance(answer, str):
+        found = _LETTER.fullmatch(answer) or (reply and _REPLY.match(answer))
+        if found and found[1] in LETTERS[: len(options)]:
+            return found[1]
+        if answer in options:
+            return LETTERS[options.index(answer)]
+        told = [_plain(option) for option in options] if reply else []
+        if told.count(_plain(answer)) == 1:
+            return LETTERS[told.index(_plain(answer))]
+    elif 0 <= answer < len(options):
+        return LETTERS[answer]
+    raise BadRecord(
+        "answer", f"the answer {str(answer)[:60]!r} is none of the {len(options)} options."
+    )
+
+
+def unlettered(option: str) -> str:
+    """An option without the letter in front of it."""
+    return _LINE.sub("", option, count=1).strip()
 
 
 def _plain(text: str) -> str:

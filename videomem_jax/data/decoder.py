@@ -16,6 +16,7 @@ costs a copy of the frames through a pipe. It ends when its parent does, however
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import resource
@@ -24,41 +25,72 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
+from videomem_jax.data import video
 from videomem_jax.data.sampling import Sample, Wanted, sample
-from videomem_jax.data.video import VideoError
+from videomem_jax.data.video import VideoError, VideoInfo
 
 # Seconds by which a child may outlive its alarm: only one that waits for a dead disk does.
 _GRACE = 10.0
 
 
 class Decoder:
-    """Reads frames of videos within a limit of time and memory.
+    """Reads videos within a limit of time and memory; each call is given as much.
 
     As many child processes are started as threads read at the same time. They are shared by all
     Decoders of a process.
 
     Attributes:
-      seconds: that a video may take.
-      megabytes: of memory that decoding it may take.
+      seconds: that reading may take.
+      megabytes: of memory that it may take.
+
+    Raises, all of its calls:
+      VideoError: the video cannot be read as asked, or not within the limits.
     """
 
     def __init__(self, seconds: float, megabytes: int):
         self.seconds, self.megabytes = seconds, megabytes
 
     def read(self, wanted: Wanted) -> Sample:
-        """The frames that are asked for, as `sampling.sample` reads them.
+        """The frames that are asked for, as `sampling.sample` reads them."""
+        duration, (times, frames) = self._ask("sample", *wanted)
+        return Sample(times, frames, duration)
 
-        Raises:
-          VideoError: the video cannot be read as asked, or not within the limits.
-        """
+    def probe(self, path: str | os.PathLike) -> VideoInfo:
+        """A video's length and size, as `video.probe` reads them."""
+        found, _ = self._ask("probe", os.fspath(path))
+        return VideoInfo(*found)
+
+    def times(
+        self,
+        path: str | os.PathLike,
+        segments: int,
+        frames: int,
+        start: float | None = None,
+        end: float | None = None,
+        snap: float = 0.0,
+    ) -> Float[np.ndarray, "t f"]:
+        """Times of frames in seconds, as `video.sample_times` finds them."""
+        _, (times,) = self._ask("times", os.fspath(path), segments, frames, start, end, snap)
+        return times
+
+    def frames(
+        self, path: str | os.PathLike, times: Iterable[float], size: tuple[int, int]
+    ) -> UInt8[np.ndarray, "f h w 3"]:
+        """The frames at times in seconds, as `video.read_frames` reads them."""
+        _, (frames,) = self._ask("frames", os.fspath(path), [float(t) for t in times], size)
+        return frames
+
+    def _ask(self, work: str, path: str, *arguments) -> _Answer:
         child = _Child.take(self.megabytes)
         try:
-            found = child.read(wanted, self.seconds)
+            found = child.ask(work, path, arguments, self.seconds)
         except VideoError as error:
             if child.alive:
                 child.put_back()
@@ -68,6 +100,13 @@ class Decoder:
             raise
         child.put_back()
         return found
+
+
+class _Answer(NamedTuple):
+    """What a child gives back: what is written as JSON, and arrays."""
+
+    found: Any
+    arrays: tuple[np.ndarray, ...]
 
 
 class _Child:
@@ -115,28 +154,27 @@ class _Child:
         with self._lock:
             self._idle[self.megabytes].append(self)
 
-    def read(self, wanted: Wanted, seconds: float) -> Sample:
-        """Asks for a sample; after a VideoError it may not be `alive`."""
-        asked = json.dumps([seconds, *wanted]).encode() + b"\n"
+    def ask(self, work: str, path: str, arguments: tuple, seconds: float) -> _Answer:
+        """Has one of `_WORK` done; after a VideoError it may not be `alive`."""
+        asked = json.dumps([seconds, work, path, *arguments]).encode() + b"\n"
         try:
             self._process.stdin.write(asked)
             self._process.stdin.flush()
             if not self._answers.poll(1000 * (seconds + _GRACE)):
                 self._kill_without_waiting()
-                raise VideoError(f"{wanted.path}: {_late(seconds)}", "slow")
+                raise VideoError(f"{path}: {_late(seconds)}", "slow")
             said = self._process.stdout.readline()
             if not said.endswith(b"\n"):
                 raise EOFError
             answer = json.loads(said)
             if "sentence" in answer:
                 raise VideoError(answer["sentence"], answer["cause"])
-            times = np.empty(answer["times"], np.float64)
-            frames = np.empty(answer["frames"], np.uint8)
-            for array in (times, frames):
+            arrays = tuple(np.empty(*about) for about in answer["arrays"])
+            for array in arrays:
                 _fill(self._process.stdout, array)
-            return Sample(times, frames, answer["duration"])
+            return _Answer(answer["found"], arrays)
         except (EOFError, BrokenPipeError):
-            raise self._ended(wanted.path, seconds) from None
+            raise self._ended(path, seconds) from None
 
     def _ended(self, path: str, seconds: float) -> VideoError:
         """Why the process ended by itself."""
@@ -174,8 +212,8 @@ os.register_at_fork(after_in_child=_Child._idle.clear)
 
 def _late(seconds: float) -> str:
     return (
-        f"decoding took longer than config.data.time_limit={seconds:g} seconds: the video may be "
-        f"broken or without end; raise the limit if it is not."
+        f"decoding took longer than time_limit={seconds:g} seconds: the video may be broken or "
+        f"without end; raise the limit if it is not."
     )
 
 
@@ -190,7 +228,7 @@ def _fill(pipe: IO[bytes], array: np.ndarray) -> None:
 
 
 def _serve(megabytes: int) -> None:
-    """A child's work: a line of JSON for each video in, a line of JSON and the arrays out."""
+    """A child's life: a line of JSON for each call in, a line of JSON and the arrays out."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     room = megabytes * 2**20 if hard == resource.RLIM_INFINITY else min(megabytes * 2**20, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (room, hard))
@@ -207,9 +245,9 @@ def _serve(megabytes: int) -> None:
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
-        seconds, *wanted = json.loads(line)
+        seconds, work, *arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        answer, arrays = _answer(Wanted(*wanted))
+        answer, arrays = _answer(work, *arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         out.write(json.dumps(answer).encode() + b"\n")
         for array in arrays:
@@ -225,10 +263,36 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _answer(wanted: Wanted) -> tuple[dict, tuple[np.ndarray, ...]]:
-    large = f"{wanted.path}: decoding it takes more memory than config.data.decoder_mb allows."
+def _sample(*wanted) -> _Answer:
+    times, frames, duration = sample(Wanted(*wanted))
+    return _Answer(duration, (times, frames))
+
+
+def _probe(path: str) -> _Answer:
+    return _Answer(dataclasses.astuple(video.probe(path)), ())
+
+
+def _times(path: str, *how) -> _Answer:
+    return _Answer(None, (video.sample_times(path, *how),))
+
+
+def _frames(path: str, times: list[float], size: list[int]) -> _Answer:
+    height, width = size
+    return _Answer(None, (video.read_frames(path, times, (height, width)),))
+
+
+_WORK: dict[str, Callable[..., _Answer]] = {
+    "sample": _sample,
+    "probe": _probe,
+    "times": _times,
+    "frames": _frames,
+}
+
+
+def _answer(work: str, path: str, *arguments) -> tuple[dict, tuple[np.ndarray, ...]]:
+    large = f"{path}: decoding it takes more memory than decoder_mb allows."
     try:
-        found = sample(wanted)
+        found, arrays = _WORK[work](path, *arguments)
     except VideoError as error:
         said = large if error.cause == "memory" else str(error)
         return {"sentence": said, "cause": error.cause}, ()
@@ -236,10 +300,9 @@ def _answer(wanted: Wanted) -> tuple[dict, tuple[np.ndarray, ...]]:
         return {"sentence": large, "cause": "memory"}, ()
     # What a damaged file makes of the decoder's numbers has no end: a rate of 1/0, a size of 0.
     except Exception as error:
-        sentence = f"{wanted.path}: the video cannot be read ({type(error).__name__}: {error})."
+        sentence = f"{path}: the video cannot be read ({type(error).__name__}: {error})."
         return {"sentence": " ".join(sentence.split()), "cause": "broken"}, ()
-    shapes = {"times": found.times.shape, "frames": found.frames.shape}
-    return shapes | {"duration": found.duration}, (found.times, found.frames)
+    return {"found": found, "arrays": [(a.shape, a.dtype.name) for a in arrays]}, arrays
 
 
 if __name__ == "__main__":

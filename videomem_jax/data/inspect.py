@@ -9,13 +9,12 @@ pictures, which loads nothing.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import concurrent.futures
 import dataclasses
 import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from videomem_jax import report, run
-from videomem_jax.data import prepared, records, sources
+from videomem_jax import command_line, report
+from videomem_jax.atomic_file import replacing
+from videomem_jax.data import benchmarks, prepared, sources
+from videomem_jax.data.benchmarks import Question
 from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError, Skipped
 from videomem_jax.data.sampling import Sample, Wanted
@@ -83,7 +84,10 @@ def find(path: Path) -> list[tuple[Path, str]]:
     # A folder of several sets may look like one of them from above.
     inner = [(p, form) for p in inside[1:] if (form := _form(p))]
     whole = _form(path)
-    if whole in ("VideoMarathon", "prepared data") or not inner:
+    if _benchmark_of(whole):  # its table is found from a level above, too
+        there = [one for one in [(path, whole), *inner] if _has_videos(*one)]
+        found = there[:1] if (path, whole) in there else there or [(path, whole)]
+    elif whole in ("VideoMarathon", "prepared data") or not inner:
         found = [(path, whole)] if whole else []
     elif whole and {form for _, form in inner} == {whole}:
         found = [(path, whole)]
@@ -94,7 +98,7 @@ def find(path: Path) -> list[tuple[Path, str]]:
         what = f"it has {videos} .mp4 files and no questions about them" if videos else "it is none"
         raise RecordError(
             f"{path} holds no data set of a known form ({what}): a .jsonl of records, "
-            f"VideoMarathon, LLaVA-Video-178K, or what data.prepare writes."
+            f"VideoMarathon, LLaVA-Video-178K, a benchmark of eval.py, or what data.prepare writes."
         )
     return found
 
@@ -102,7 +106,25 @@ def find(path: Path) -> list[tuple[Path, str]]:
 def _form(path: Path) -> str:
     if prepared.read_plan(path) is not None:
         return "prepared data"
+    # First: that of VideoMarathon is any folder of parquet files.
+    if path.is_dir() and (name := benchmarks.name_of(path)):
+        return benchmarks.TITLES[name]
     return sources.form_of(path)
+
+
+def _benchmark_of(form: str) -> str:
+    """The name of the benchmark that a form is, for eval.py; "" if it is none."""
+    names = {title: name for name, title in benchmarks.TITLES.items()}
+    return names.get(form, "")
+
+
+def _has_videos(path: Path, form: str) -> bool:
+    """Whether it is a benchmark with some of its videos."""
+    name = _benchmark_of(form)
+    try:
+        return bool(name and benchmarks.read(name, path))
+    except RecordError:
+        return False
 
 
 def inspect(
@@ -119,6 +141,8 @@ def inspect(
     """
     if form == "prepared data":
         return _prepared(path, examples)
+    if name := _benchmark_of(form):
+        return _benchmark(path, name, decoder, videos, examples, allow_outside)
     found, skipped = sources.open_records(path, allow_outside=allow_outside)
     usable, first = [], {}
     names = {"categories": Counter(), "sources": Counter()}
@@ -138,10 +162,43 @@ def inspect(
     }
     counts |= {name: _listed(counter) for name, counter in names.items()}
     chosen = [found[index] for index in _spread(list(first.values()), videos)]
+    shown, bad = _shown(chosen, decoder, examples)
+    return Found(path, form, counts, skipped, len(chosen), bad, shown)
+
+
+def _benchmark(
+    path: Path, name: str, decoder: Decoder, videos: int, examples: int, allow_outside: bool
+) -> Found:
+    """Of a benchmark: arguments as of `inspect`. What it skips counts as wrong in eval.py."""
+    found = benchmarks.read(name, path, allow_outside)
+    skipped, kinds = Skipped(), defaultdict(Counter)
+    for lost in found.lost:
+        skipped.skip(str(path), BadRecord(lost.cause, lost.sentence))
+    for question in found.questions:
+        for kind, values in question.groups.items():
+            kinds[kind].update(values)
+    first = {question.video: question for question in reversed(found.questions)}
+    counts = {
+        "evaluated by": f"python eval.py --config=configs/eval.py:{name} --config.data_dir={path}",
+        "questions": f"{len(found.questions)}, {sum(q.is_open for q in found.questions)} of them "
+        f"open-ended",
+        "videos": f"{len(first)}, {sum(map(os.path.isfile, first))} of them there",
+    }
+    counts |= {kind: _listed(counter) for kind, counter in kinds.items()}
+    if found.notes:
+        counts["notes"] = " ".join(found.notes)
+    chosen = _spread(list(first.values())[::-1], videos)
+    shown, bad = _shown(chosen, decoder, examples)
+    return Found(path, benchmarks.TITLES[name], counts, skipped, len(chosen), bad, shown)
+
+
+def _shown(
+    chosen: Sequence[Record | Question], decoder: Decoder, examples: int
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Some of the chosen for the page, and what is wrong with the videos of others."""
     samples, bad = _decode(chosen, decoder)
     good = [(r, sample) for r, sample in zip(chosen, samples, strict=True) if sample is not None]
-    shown = [_example(*pair) for pair in _spread(good, examples)]
-    return Found(path, form, counts, skipped, len(chosen), bad, shown)
+    return [_example(*pair) for pair in _spread(good, examples)], bad
 
 
 def _spread(items: Sequence, count: int) -> list:
@@ -157,12 +214,12 @@ def _listed(counter: Counter, most: int = 12) -> str:
 
 
 def _decode(
-    chosen: Sequence[Record], decoder: Decoder
+    chosen: Sequence[Record | Question], decoder: Decoder
 ) -> tuple[list[Sample | None], list[tuple[str, str]]]:
     """A few frames of each record's video, and what is wrong with those that have none."""
     bad: list[tuple[str, str]] = []
 
-    def read(record: Record) -> Sample | None:
+    def read(record: Record | Question) -> Sample | None:
         asked = Wanted(record.video, 1, _PICTURES, _PIXELS, record.start, record.end)
         try:
             return decoder.read(asked)
@@ -206,9 +263,10 @@ def _prepared(path: Path, examples: int) -> Found:
     return Found(path, "prepared data", counts, Skipped(), len(rows), bad, shown)
 
 
-def _example(record: Record, sample: Sample) -> dict[str, Any]:
+def _example(record: Record | Question, sample: Sample) -> dict[str, Any]:
     """A record for the page."""
-    facts = {"id": record.id, "category": record.category, "source": record.source}
+    facts = {"id": record.id, "category": record.category}
+    facts |= {"source": record.source} if isinstance(record, Record) else {}
     facts |= {"video": os.path.basename(record.video), "length": f"{sample.duration:.1f} s"}
     return {
         "title": record.question,
@@ -232,19 +290,13 @@ def _pictures(sample: Sample) -> list[dict[str, str]]:
 def write_page(path: Path, found: Sequence[Found]) -> None:
     """Writes the page, all or nothing."""
     page = report.environment().get_template("inspect.html.j2").render(sets=found, named=_NAMED)
-    with records.replacing(path) as out:
+    with replacing(path) as out:
         out.write(page.encode(errors="replace"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Looks through the data that the command line names."""
-    head, rest = __doc__.split("\n", 1)
-    parser = argparse.ArgumentParser(
-        "python -m videomem_jax.data.inspect",
-        description=head,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser_of("videomem_jax.data.inspect", __doc__)
     parser.add_argument("path", type=Path, help="folder or file of data")
     parser.add_argument("--videos", type=int, default=100, help="how many to decode (100)")
     parser.add_argument("--examples", type=int, default=6, help="records on the page (6)")
@@ -271,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not found:
             raise RecordError(f"{given.path} holds no data that can be used.")
 
-    run.entry(work)
+    command_line.entry(work)
 
 
 if __name__ == "__main__":

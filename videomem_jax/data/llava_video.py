@@ -127,7 +127,7 @@ def _records(
                 video=str(folder / video),
                 question=question,
                 options=options,
-                answer=letter_of(reply, options) if options else reply.strip(),
+                answer=letter_of(reply, options, reply=True) if options else reply.strip(),
                 category=kind and kind[1],
                 source=source if isinstance(source, str) and source.strip() else file.parent.name,
                 meta={"id": str(entry.get("id"))},

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from videomem_jax.atomic_file import replacing
 from videomem_jax.data import needle_video, records
 from videomem_jax.data.needle_video import Card
 
@@ -150,7 +151,7 @@ def _prepare(folder: Path, name: str, spec: SplitSpec) -> list[int]:
             _log.info("%s was made from another spec and is made anew.", place)
         for file in old:
             file.unlink()
-        with records.replacing(made_from) as out:
+        with replacing(made_from) as out:
             out.write(text.encode())
     return [i for i in range(spec.videos) if not _video_path(folder, name, i).exists()]
 
@@ -192,7 +193,7 @@ def _video_path(folder: Path, name: str, index: int) -> Path:
 def _write_video(folder: Path, name: str, spec: SplitSpec, index: int, cards: list[Card]) -> None:
     rng = np.random.default_rng([spec.seed, 1, index])
     data = needle_video.render(rng, cards, spec.segments, needle_video.PARTS[spec.part])
-    with records.replacing(_video_path(folder, name, index)) as out:
+    with replacing(_video_path(folder, name, index)) as out:
         out.write(data)
 
 

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt8
 
 from videomem_jax import settings as cfg
-from videomem_jax.batch import Batch, Chain
+from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.data.clip import make_clips
 from videomem_jax.data.frames import Frames
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError
@@ -72,15 +72,45 @@ class Loader:
         Raises:
           VideoError, PromptError, ConfigError: one sentence on what cannot be used.
         """
-        sizes = self.settings.prompt
         times, frames, _ = self._frames.read(record)
-        height, width = frames.shape[1:3]
         if self.blind:
             frames = np.full_like(frames, 127)
+        prefix, clip = self._shown(frames, times, self._asked(record))
+        return Batch(
+            prefix=prefix,
+            clip=clip,
+            chain=self._chain(record),
+            gold=np.int32(-1 if record.is_open else LETTERS.index(record.answer)),
+            choices=self._choices(record),
+            record=np.int32(index),
+            real=np.bool_(True),
+        )
+
+    def blank(self) -> Batch:
+        """A row that is not `real`, in the shapes of all others: it fills up a batch."""
+        sizes = self.settings.prompt
+        times = np.zeros((self.segments, sizes.frames))
+        frames = np.zeros((times.size, 32, 32, 3), np.uint8)
+        prefix, clip = self._shown(frames, times, ("", ()))
+        choices = answers(self.tokenizer, (), "text", sizes.options, sizes.answer_tokens)
+        nothing = np.int32(-1)
+        return Batch(
+            prefix, clip, self._no_chain(), nothing, choices, np.int32(0), real=np.bool_(False)
+        )
+
+    def _shown(
+        self,
+        frames: UInt8[np.ndarray, "tf h w 3"],
+        times: Float[np.ndarray, "t f"],
+        asked: tuple[str, Sequence[str]],
+    ) -> tuple[Prefix, Clip]:
+        """What the model sees, [t, ...]."""
+        sizes = self.settings.prompt
+        height, width = frames.shape[1:3]
         prefixes = [
             write_prefix(
                 self.tokenizer,
-                *self._asked(record),
+                *asked,
                 t,
                 (height // 16, width // 16),
                 sizes.prefix_tokens,
@@ -88,15 +118,8 @@ class Loader:
             )
             for t in times
         ]
-        return Batch(
-            prefix=jax.tree.map(lambda *a: np.stack(a), *prefixes),
-            clip=make_clips(frames, self.segments, sizes.max_pixels),
-            chain=self._chain(record),
-            gold=np.int32(-1 if record.is_open else LETTERS.index(record.answer)),
-            choices=self._choices(record),
-            record=np.int32(index),
-            real=np.bool_(True),
-        )
+        prefix = jax.tree.map(lambda *a: np.stack(a), *prefixes)
+        return prefix, make_clips(frames, self.segments, sizes.max_pixels)
 
     def _asked(self, record: Record) -> tuple[str, Sequence[str]]:
         """What a prompt begins with: the question, and the options to letter below it."""
@@ -112,10 +135,14 @@ class Loader:
             texts, how = _told(record) if taught else (), "text"
         return answers(self.tokenizer, texts, how, sizes.options, sizes.answer_tokens)
 
-    def _chain(self, record: Record) -> Chain:
+    def _no_chain(self) -> Chain:
         t, slots = self.segments, self.settings.memory.slots
         memory = np.full((t, slots), self.tokenizer.ids.pad, np.int32)
-        length, answer = np.full(t, -1, np.int32), np.full(t, -1, np.int32)
+        return Chain(memory, np.full(t, -1, np.int32), np.full(t, -1, np.int32))
+
+    def _chain(self, record: Record) -> Chain:
+        t, slots = self.segments, self.settings.memory.slots
+        memory, length, answer = chain = self._no_chain()
         if self.chains and record.memories is not None:
             if len(record.memories) != t:
                 raise PromptError(
@@ -126,7 +153,7 @@ class Loader:
                 memory[i, : len(ids)], length[i] = ids, len(ids)
             names = list(_told(record)) if record.is_open else LETTERS
             answer[:] = [names.index(a) if a else -1 for a in _provisional(record)]
-        return Chain(memory, length, answer)
+        return chain
 
 
 def _provisional(record: Record) -> tuple[str, ...]:
@@ -334,27 +361,22 @@ def evaluation_batches(
     part = batch // reader.count
     mine = np.arange(count)[reader.index :: reader.count]
 
-    def load(index, counted) -> Iterator[Batch]:
-        data = grain.MapDataset.source(index).map(_Load(loader, records))
-        # By default grain would hold 500 rows, each of many megabytes.
-        ahead = grain.ReadOptions(threads, max(part, threads))
-        return (row for row in data.to_iter_dataset(ahead) if counted.usable(row, count))
-
-    rows, fill = [], None
-    for row in load(mine, skips) if len(mine) else ():
-        fill = fill or row._replace(real=np.bool_(False))
-        rows.append(row)
+    # By default grain would hold 500 rows, each of many megabytes.
+    ahead = grain.ReadOptions(threads, max(part, threads))
+    data = grain.MapDataset.source(mine).map(_Load(loader, records)).to_iter_dataset(ahead)
+    rows = []
+    for row in data if len(mine) else ():
+        if skips.usable(row, count):
+            rows.append(row)
         if len(rows) == part:
             yield stack(rows)
             rows = []
     if rows:
-        yield stack(rows + [fill] * (part - len(rows)))
-    if reader.count > 1 and count:
-        if fill is None:  # another's record then gives the shapes
-            row = next(load(np.arange(count), Skips()))
-            fill = row._replace(real=np.bool_(False))
+        yield stack(rows + [loader.blank()] * (part - len(rows)))
+    if reader.count > 1:
+        nothing = stack([loader.blank()] * part)
         while True:
-            yield stack([fill] * part)
+            yield nothing
 
 
 def stack(rows: Sequence[Batch]) -> Batch:

@@ -29,8 +29,9 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from videomem_jax import run
+from videomem_jax import command_line, run
 from videomem_jax import settings as cfg
+from videomem_jax.atomic_file import replacing
 from videomem_jax.data import prepared, records, sources
 from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.prepared import BAD, NAME, PLAN, SPLIT
@@ -94,7 +95,7 @@ def prepare(s: cfg.Settings, out: Path, storage: str, workers: int, shard: int) 
             raise ConfigError(
                 f"--out={out} is not empty, and holds no prepared data: choose another"
             )
-        with records.replacing(out / PLAN) as file:
+        with replacing(out / PLAN) as file:
             file.write(json.dumps(wanted).encode())
     elif old != wanted:
         key = next(key for key in wanted if old.get(key) != wanted[key])
@@ -232,7 +233,7 @@ class _Job:
             values |= {"cause": error.cause, "sentence": str(error)}
             self._name(row, error)
         data = self.features.serialize_example(self.features.encode_example(values))
-        with records.replacing(self._part(row)) as out:
+        with replacing(self._part(row)) as out:
             out.write(data)
 
 
@@ -268,15 +269,15 @@ def main(argv):
             raise ConfigError("--out is missing: give the folder for the frames")
         if _WORKERS.value < 1 or _SHARD.value < 1:
             raise ConfigError("--workers and --shard must be at least 1")
-        s = cfg.freeze(run.given_config(_CONFIG.value))
+        s = cfg.freeze(command_line.given_config(_CONFIG.value))
         run.make_data(s)
         bad = prepare(s, Path(_OUT.value), _STORAGE.value, _WORKERS.value, _SHARD.value)
         causes = ", ".join(f"{count} {cause}" for cause, count in bad.most_common())
         print(f"videos that cannot be used: {causes or 'none'}")
         print(f"next: train.py with the same --config and --config.data.prepared={_OUT.value}")
 
-    run.entry(work)
+    command_line.entry(work)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=run.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

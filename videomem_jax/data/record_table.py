@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow
 from tqdm import tqdm
 
+from videomem_jax.atomic_file import replacing
 from videomem_jax.data import records
 from videomem_jax.data.records import BadRecord, Record, RecordError, Skipped
 
@@ -123,11 +124,11 @@ def open_table(
 def _write(path: Path, root: str, rows, allow_outside: bool) -> None:
     skipped = Skipped()
     good = _good(rows, root, allow_outside, skipped)
-    with records.replacing(path) as out, pyarrow.ipc.new_file(out, _SCHEMA) as writer:
+    with replacing(path) as out, pyarrow.ipc.new_file(out, _SCHEMA) as writer:
         for block in _blocks(good):
             writer.write_batch(block)
         # Before the table gets its name: where that is there, this is too.
-        with records.replacing(path.with_suffix(".json")) as counts:
+        with replacing(path.with_suffix(".json")) as counts:
             counts.write(json.dumps([skipped, skipped.named]).encode())
 
 

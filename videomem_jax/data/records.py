@@ -22,17 +22,17 @@ A bad row never stops a run: it is skipped, counted by cause and named in the lo
 lie under the folder of the file, symbolic links followed, unless the caller allows others.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from videomem_jax.atomic_file import replacing
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REQUIRED = ("id", "video", "question", "options", "answer")
@@ -290,29 +290,6 @@ def record_in(row: Any, folder: str | os.PathLike, allow_outside: bool = False) 
     return dataclasses.replace(
         record, video=place(record.video, os.path.abspath(folder), allow_outside)
     )
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Opens a binary file that takes the place of `path` when the block ends without error.
-
-    Raises:
-      OSError: the file cannot be written; nothing is left of it then.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:

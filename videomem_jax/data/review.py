@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from videomem_jax import report_timelines, run
+from videomem_jax import command_line, report_timelines
 from videomem_jax.data import chain_files, chain_writers
 from videomem_jax.data.chain_files import Chain, Review
 from videomem_jax.data.records import LETTERS, BadRecord, RecordError
@@ -284,13 +284,7 @@ def launch(page: gradio.Blocks, port: int | None, block: bool = True):
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m videomem_jax.data.review",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser_of("videomem_jax.data.review", __doc__)
     add = parser.add_argument
     add("chains", type=Path, help="the file of chains")
     what = "folder of the model that is to learn (default: where it was when they were made)"
@@ -315,7 +309,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, then serves."""
     arguments = _arguments(argv)
-    run.entry(lambda: serve(arguments))
+    command_line.entry(lambda: serve(arguments))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,18 @@ class Sample(NamedTuple):
     duration: float
 
 
-def frame_size(path: str | os.PathLike, max_pixels: int) -> tuple[int, int]:
+def frame_size(
+    path: str | os.PathLike, max_pixels: int, info: video.VideoInfo | None = None
+) -> tuple[int, int]:
     """Height and width in pixels that a video's frames are resized to.
+
+    `info` is what `video.probe` says of it, where that is known.
 
     Raises:
       VideoError: the video cannot be read, or its frames do not fit `max_pixels` (one side of
         them would be less than a token).
     """
-    info = video.probe(path)
+    info = info or video.probe(path)
     try:
         height, width = video.smart_resize(info.height, info.width, max_pixels=max_pixels)
     except ValueError as error:

@@ -81,7 +81,7 @@ def _record(name: str, row: dict[str, Any]) -> Record:
         video=str(video),
         question=question,
         options=options,
-        answer=letter_of(row["answer"], options) if options else row["answer"].strip(),
+        answer=letter_of(row["answer"], options, reply=True) if options else row["answer"].strip(),
         category=kind,
         source=row["data_source"],
     )

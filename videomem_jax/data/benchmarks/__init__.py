@@ -12,10 +12,25 @@ from videomem_jax.data.benchmarks import (
     plain,
     videomme,
 )
-from videomem_jax.data.benchmarks.question import Benchmark, Lost, Question, split_options
+from videomem_jax.data.benchmarks.question import (
+    Benchmark,
+    Lost,
+    Question,
+    looks_like,
+    split_options,
+)
 from videomem_jax.data.records import RecordError
 
-__all__ = ["READERS", "Benchmark", "Lost", "Question", "read", "split_options"]
+__all__ = [
+    "READERS",
+    "TITLES",
+    "Benchmark",
+    "Lost",
+    "Question",
+    "name_of",
+    "read",
+    "split_options",
+]
 
 READERS = {
     "videomme": videomme.read,
@@ -25,6 +40,29 @@ READERS = {
     "longtimescope": longtimescope.read,
     "records": plain.read,
 }
+
+
+TITLES = {
+    "videomme": "Video-MME",
+    "longvideobench": "LongVideoBench",
+    "mlvu": "MLVU",
+    "lvbench": "LVBench",
+    "longtimescope": "LongTimeScope",
+    "records": "Records",
+}
+_TABLES = {
+    "videomme": videomme,
+    "longvideobench": longvideobench,
+    "mlvu": mlvu,
+    "lvbench": lvbench,
+    "longtimescope": longtimescope,
+}
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The benchmark whose tables a folder holds; "" for none of them."""
+    tables = _TABLES.items()
+    return next((n for n, kind in tables if looks_like(folder, kind.FILES, kind.COLUMNS)), "")
 
 
 def read(name: str, folder: str | os.PathLike, allow_outside: bool = False) -> Benchmark:

@@ -15,24 +15,20 @@ from videomem_jax.data.benchmarks.question import (
     Groups,
     Question,
     collect,
-    letter_of,
     place,
     read_rows,
     split_options,
     take,
 )
+from videomem_jax.data.choices import letter_of
+
+FILES = ("*.parquet", "*/*.parquet", "*.jsonl", "*.json")
+COLUMNS = ({"video", "input", "length", "type"},)
 
 
 def read(folder: str | os.PathLike, allow_outside: bool = False) -> Benchmark:
     """The benchmark's questions."""
-    rows = read_rows(
-        folder,
-        "*.parquet",
-        "*/*.parquet",
-        "*.jsonl",
-        "*.json",
-        what="a folder of LongTimeScope",
-    )
+    rows = read_rows(folder, *FILES, what="a folder of LongTimeScope")
 
     def make(name: str, row: Mapping[str, Any]) -> Question:
         prompt = take(row, "input")

@@ -15,27 +15,23 @@ from videomem_jax.data.benchmarks.question import (
     Question,
     checked,
     collect,
-    letter_of,
     lettered,
     place,
     read_rows,
     take,
     texts,
 )
+from videomem_jax.data.choices import letter_of
 from videomem_jax.data.records import BadRecord
 
+FILES = ("lvb_val.json", "validation*.parquet", "*/validation*.parquet")
+COLUMNS = ({"duration_group", "question_category"},)
 _AFTER = "Answer with the option's letter from the given choices directly."
 
 
 def read(folder: str | os.PathLike, allow_outside: bool = False) -> Benchmark:
     """The questions of the validation set, with the official prompt (without subtitles)."""
-    rows = read_rows(
-        folder,
-        "lvb_val.json",
-        "validation*.parquet",
-        "*/validation*.parquet",
-        what="a folder of LongVideoBench",
-    )
+    rows = read_rows(folder, *FILES, what="a folder of LongVideoBench")
 
     def make(name: str, row: Mapping[str, Any]) -> Question:
         asked, options = take(row, "question"), _options(row)

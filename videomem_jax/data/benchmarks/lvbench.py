@@ -18,7 +18,6 @@ from videomem_jax.data.benchmarks.question import (
     Question,
     checked,
     collect,
-    letter_of,
     lettered,
     place,
     read_rows,
@@ -26,21 +25,17 @@ from videomem_jax.data.benchmarks.question import (
     take,
     texts,
 )
+from videomem_jax.data.choices import letter_of
 from videomem_jax.data.records import BadRecord
 
+FILES = ("video_info.meta.jsonl", "*/video_info.meta.jsonl", "*.parquet", "*/*.parquet")
+COLUMNS = ({"key", "qa"}, {"key", "question_type"}, {"video_path", "question_type"})
 _AFTER = "Answer the question with the option letter"
 
 
 def read(folder: str | os.PathLike, allow_outside: bool = False) -> Benchmark:
     """The benchmark's questions."""
-    rows = read_rows(
-        folder,
-        "video_info.meta.jsonl",
-        "*/video_info.meta.jsonl",
-        "*.parquet",
-        "*/*.parquet",
-        what="a folder of LVBench",
-    )
+    rows = read_rows(folder, *FILES, what="a folder of LVBench")
     inside = next((d for d in ("videos", "video", "all_videos") if (Path(folder) / d).is_dir()), "")
 
     def make(name: str, row: Mapping[str, Any]) -> Question:

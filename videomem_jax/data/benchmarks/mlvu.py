@@ -17,13 +17,13 @@ from videomem_jax.data.benchmarks.question import (
     Lost,
     Question,
     collect,
-    letter_of,
     lettered,
     place,
     read_rows,
     take,
     texts,
 )
+from videomem_jax.data.choices import letter_of
 
 CHOICE = (
     "1_plotQA",
@@ -34,6 +34,8 @@ CHOICE = (
     "6_anomaly_reco",
     "7_topic_reasoning",
 )
+FILES = ("json/[1-9]_*.json",)
+COLUMNS = ({"video", "question", "question_type"},)
 OPEN = ("8_sub_scene", "9_summary")
 _AFTER = "Only give the best option.\nBest option: ("
 

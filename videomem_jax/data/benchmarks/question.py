@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from videomem_jax.data import tables
+from videomem_jax.data import choices, tables
 from videomem_jax.data.records import BadRecord, RecordError
 from videomem_jax.tokenizer import LETTERS
 
-# An option with its letter in front, as benchmarks print it: "A. cat", "(A) cat", "A: cat".
-_LETTERED = re.compile(r"^\s*(?:\(([A-J])\)|([A-J])[.:)])\s*(.*?)\s*$")
 _SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
 
 Groups = Mapping[str, tuple[str, ...]]
@@ -109,6 +106,17 @@ def read_rows(folder: str | os.PathLike, *patterns: str, what: str) -> Iterator[
     raise RecordError(f"{folder} is not {what}: it has no {' or '.join(patterns)}.")
 
 
+def looks_like(
+    folder: str | os.PathLike, files: Sequence[str], columns: Sequence[Collection[str]]
+) -> bool:
+    """Whether a folder has one of these files, and its first row all columns of one of the sets."""
+    try:
+        row = next(read_rows(folder, *files, what=""), None)
+    except RecordError:
+        return False
+    return isinstance(row, Mapping) and any(row.keys() >= set(found) for found in columns)
+
+
 def collect(
     rows: Iterable[Any],
     key: Callable[[int, Any], str],
@@ -171,50 +179,16 @@ def checked(options: Sequence[str], name: str = "options") -> tuple[str, ...]:
     return tuple(options)
 
 
-def letter_of(answer: Any, options: Sequence[str]) -> str:
-    """The letter of an answer given as "B", "(B)", "B." or as an option's text.
-
-    Raises:
-      BadRecord: it is none of the options.
-    """
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return LETTERS[answer]
-    if isinstance(answer, str):
-        if answer in options:
-            return LETTERS[list(options).index(answer)]
-        found = re.fullmatch(r"\s*\(?([A-J])[).:]*\s*", answer)
-        if found and found[1] in LETTERS[: len(options)]:
-            return found[1]
-    raise BadRecord(
-        "answer", f"the answer {str(answer)[:60]!r} is none of the {len(options)} options."
-    )
-
-
-def unlettered(options: Iterable[str]) -> tuple[str, ...]:
-    """Options without the letters in front of them."""
-    found = [(_LETTERED.match(option), option) for option in options]
-    return tuple(match[3] if match else option for match, option in found)
-
-
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
-    """A question and its options, from a text that has these on lines of their own.
-
-    The last run of lines that are lettered A, B, ... counts.
+    """A question and its options, from a text that has both (see `choices.split_options`).
 
     Raises:
-      BadRecord: there are no such lines.
+      BadRecord: it has no options, or more than can be answered.
     """
-    lines, options, first = text.split("\n"), [], 0
-    for number, line in enumerate(lines):
-        match = _LETTERED.match(line)
-        letter = match and (match[1] or match[2])
-        if letter == "A":
-            options, first = [match[3]], number
-        elif letter and options and letter == LETTERS[len(options) % len(LETTERS)]:
-            options.append(match[3])
-    if len(options) < 2:
+    asked, options = choices.split_options(text)
+    if not options:
         raise BadRecord("options", "there are no lines with the options A, B, ... in its text.")
-    return "\n".join(lines[:first]).strip(), checked(options)
+    return asked, checked(options)
 
 
 def lettered(options: Sequence[str], form: str = "{}. {}") -> str:

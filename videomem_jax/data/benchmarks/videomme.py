@@ -15,15 +15,16 @@ from videomem_jax.data.benchmarks.question import (
     Benchmark,
     Question,
     collect,
-    letter_of,
     lettered,
     place,
     read_rows,
     take,
     texts,
-    unlettered,
 )
+from videomem_jax.data.choices import letter_of, unlettered
 
+FILES = ("videomme/*.parquet", "*.parquet", "*/*.parquet")
+COLUMNS = ({"videoID", "task_type", "options"},)
 _GROUPS = ("duration", "domain", "sub_category", "task_type")
 _BEFORE = (
     "Select the best answer to the following multiple-choice question based on the video. Respond "
@@ -34,12 +35,10 @@ _AFTER = "The best answer is:"
 
 def read(folder: str | os.PathLike, allow_outside: bool = False) -> Benchmark:
     """The benchmark's questions, with the official prompt."""
-    rows = read_rows(
-        folder, "videomme/*.parquet", "*.parquet", "*/*.parquet", what="a folder of Video-MME"
-    )
+    rows = read_rows(folder, *FILES, what="a folder of Video-MME")
 
     def make(name: str, row: Mapping[str, Any]) -> Question:
-        asked, options = take(row, "question"), unlettered(texts(row, "options"))
+        asked, options = take(row, "question"), tuple(map(unlettered, texts(row, "options")))
         video = place(os.path.join(folder, "data"), take(row, "videoID"), allow_outside)
         answer = letter_of(take(row, "answer"), options)
         prompt = "\n".join((_BEFORE, asked, lettered(options), _AFTER))

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import config_dict
 
-from videomem_jax import export, run, settings, sharding
+from videomem_jax import command_line, export, run, settings, sharding
 from videomem_jax.checkpoint import CheckpointError, Checkpoints, steps_in, trained_parameters
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
@@ -185,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's mistake ends it with one sentence and exit code 2."""
     args = parser().parse_args(argv)
-    run.entry(lambda: args.function(args))
+    command_line.entry(lambda: args.function(args))
 
 
 if __name__ == "__main__":
