@@ -67,6 +67,7 @@ def test_a_row_has_the_shapes_of_the_contract(tokenizer, film):
         clip=Clip(((t, FRAMES // 2, q, 1536), u), ((t, q, 2), i), ((t, 2), i)),
         chain=Chain(((t, SLOTS), i), ((t,), i), ((t,), i)),
         gold=((), i),
+        known_from=((), i),
         choices=((10, 1), i),
         record=((), i),
         real=((), b),

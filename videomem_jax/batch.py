@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     """b examples of t segments.
 
     gold: index of the right option.
+    known_from: the first segment after which the answer can be known; 0 where nobody says.
     choices: ids of what may be answered for each option (its letter, or its text), padded with -1.
     record: the record's row in its data set.
     real: False for rows that only fill the batch up.
@@ -68,6 +69,7 @@ class Batch(NamedTuple):
     clip: Clip
     chain: Chain
     gold: Int32[Array, " b"]
+    known_from: Int32[Array, " b"]
     choices: Int32[Array, "b o a"]
     record: Int32[Array, " b"]
     real: Bool[Array, " b"]

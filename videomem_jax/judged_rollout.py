@@ -180,8 +180,8 @@ class JudgedRollout:
         answer = jnp.where(is_open[:, None], judged_right, parsed.answer)
         gold = jnp.where(is_open, 0, batch.gold)
         known = ~is_open[:, None] | (verdicts != FAILED)
-        left = batch.prefix.next_position.shape[1] - 1 - segment
-        chosen, judged = self._trainer.judge(parsed, answer, gold, known, left, key, step)
+        worth = self._trainer.worth(batch, segment)
+        chosen, judged = self._trainer.judge(parsed, answer, gold, known, worth, key, step)
         return mem.hand_on(memory, parsed, chosen), judged
 
     def _gathered(self, batch: Batch, features, steps, step):

@@ -30,9 +30,9 @@ def cascading_reward(
     length: Int[Array, "*b"],
     *,
     alpha: float,
-    beta: float,
+    beta: Float[Array, ""] | float,
     budget: int,
-    worth: Float[Array, ""] | float = 1.0,
+    worth: Float[Array, "*b"] | float = 1.0,
 ) -> Reward:
     """R = alpha w [a = gold] + [the format is right] - beta max(0, |m| - L_max)   (VideoMem, TCR).
 
@@ -55,19 +55,30 @@ def cascading_reward(
     )
 
 
-def answer_worth(left: Int[Array, ""], tcr: bool, discount: float) -> Float[Array, ""]:
+def answer_worth(
+    left: Int[Array, ""],
+    early: Int[Array, " b"],
+    *,
+    tcr: bool,
+    discount: float = 1.0,
+    evidence: bool = False,
+) -> Float[Array, " b"]:
     """w = discount^left with the cascading reward; without it, only the last answer counts.
 
-    The paper has no discount (1). But the answer that is right after the whole video may be wrong
-    by what was shown so far (of the last card, or the number of cards), and then an early reward
-    asks for anything but what the memory says.
+    The paper has neither discount (1) nor evidence. But the answer that is right after the whole
+    video may be wrong by what was shown so far (of the last card, or the number of cards), and then
+    an early reward asks for anything but what the memory says. With `evidence` an answer counts
+    from the clip on after which it can be known.
 
     Args:
       left: clips that come after this one.
+      early: clips after this one until the answer can be known; 0 or less if it can be.
       tcr: whether the reward is cascading.
-      discount: of an answer for each of these clips.
+      discount: of an answer for each clip that is left.
+      evidence: whether answers that cannot be known are worth nothing.
     """
-    return jnp.asarray(discount if tcr else 0.0, jnp.float32) ** left
+    worth = jnp.asarray(discount if tcr else 0.0, jnp.float32) ** left
+    return jnp.where((early > 0) & evidence, 0.0, worth)
 
 
 class Judged(NamedTuple):

@@ -133,6 +133,8 @@ class PRPO:
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
     tcr: bool = True  # reward every step; off: the answer counts after the last clip only
+    # An answer counts from the clip on that shows its evidence, where a record tells (`evidence`).
+    evidence: bool = False
     discount: float = 1.0  # worth of a right answer for each clip that is still to come
     penalty: bool = True  # memory tokens beyond the budget cost
     # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" only
@@ -140,6 +142,7 @@ class PRPO:
     reward: str = "choices"  # "choices", "exact" or "judge"
     alpha: float = 1.0  # worth of a right answer
     beta: float = 0.005  # cost of a memory token beyond the budget
+    beta_warmup: int = 0  # updates over which it rises from nothing
     tau_0: float = 1.0  # temperature of the draw of the memory at first
     gamma: float = 0.995  # its decay an update
     tau_min: float = 0.1  # its end

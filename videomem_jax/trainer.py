@@ -136,6 +136,11 @@ class Trainer:
         p = self.settings.prpo
         return prpo.annealed_temperature(step, p.tau_0, p.gamma, p.tau_min)
 
+    def beta(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Cost of a memory token beyond the budget at an update."""
+        p = self.settings.prpo
+        return p.beta * jnp.minimum(1.0, (step + 1.0) / max(p.beta_warmup, 1))
+
     # --- state ---
 
     def _placed(self, params):
@@ -173,11 +178,10 @@ class Trainer:
         """Reads the clips of a batch and judges every completion on the way."""
         model = self.merge(trained, frozen)
         features = mem.see(model, batch.clip)
-        last = batch.prefix.next_position.shape[1] - 1
 
         def choose(parsed: Parsed, segment, key):
-            left = last - segment
-            return self.judge(parsed, parsed.answer, batch.gold, None, left, key, step)
+            worth = self.worth(batch, segment)
+            return self.judge(parsed, parsed.answer, batch.gold, None, worth, key, step)
 
         steps = mem.loop(model, self.form, batch, features, key, self.sampling, choose)
         return self.rows(batch, features, steps), self.rollout_metrics(batch, steps, step)
@@ -188,13 +192,20 @@ class Trainer:
         p = self.settings.prpo
         return mem.Sampling(p.group_size, self.settings.paths, p.temperature, greedy=False)
 
+    def worth(self, batch: Batch, segment: Int[Array, ""]) -> Float[Array, " b"]:
+        """What an answer after a segment is worth."""
+        p, left = self.settings.prpo, batch.prefix.next_position.shape[1] - 1 - segment
+        early = batch.known_from - segment
+        how = {"tcr": p.tcr, "discount": p.discount, "evidence": p.evidence}
+        return rewards.answer_worth(left, early, **how)
+
     def judge(
         self,
         parsed: Parsed,
         answer: Int[Array, "b g"],
         gold: Int[Array, " b"],
         known: Bool[Array, "b g"] | None,
-        left: Int[Array, ""],
+        worth: Float[Array, " b"],
         key: jax.Array,
         step: Int[Array, ""],
     ) -> tuple[Int[Array, "b k"], Judged]:
@@ -205,24 +216,23 @@ class Trainer:
           answer: their answers by index, right where it is `gold`.
           gold: of each example.
           known: False where nobody could say whether the answer is right; None if all are known.
-          left: segments that come after this one.
+          worth: of an answer at this segment.
           key: of the draw.
           step: of the phase, which anneals the draw.
         """
         p = self.settings.prpo
         gold = jnp.broadcast_to(gold[:, None], answer.shape)
-        worth = rewards.answer_worth(left, p.tcr, p.discount)
         reward = cascading_reward(
             answer,
             gold,
             parsed.well_formed,
             parsed.length,
             alpha=p.alpha,
-            beta=p.beta if p.penalty else 0.0,
+            beta=self.beta(step) if p.penalty else 0.0,
             budget=self.settings.memory.budget,
-            worth=worth,
+            worth=worth[:, None],
         )
-        has_reward = None if known is None else known | (worth == 0)
+        has_reward = None if known is None else known | (worth == 0)[:, None]
         advantages = prpo.group_advantages(reward.total, p.adv_norm, has_reward)
         paths, tau = self.settings.paths, self.tau(step)
         chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, paths)

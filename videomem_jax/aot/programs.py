@@ -120,6 +120,7 @@ def batch(s: cfg.Settings, config: Qwen3VLConfig, b: int) -> Batch:
             answer=shape(whole, b, t),
         ),
         gold=shape(whole, b),
+        known_from=shape(whole, b),
         choices=shape(whole, b, s.prompt.options, s.prompt.answer_tokens),
         record=shape(whole, b),
         real=shape(bool, b),

@@ -33,7 +33,7 @@ from videomem_jax.data import needle_video, records
 from videomem_jax.data.needle_video import Card
 
 # Goes into the spec file; change it when the same spec gives other videos or questions.
-_VERSION = 1
+_VERSION = 2
 # Shares of the kinds of questions in twentieths, in the order in which they are dealt.
 _KINDS = {"colour": 8, "first": 3, "last": 3, "after": 3, "count": 3}
 _LETTERS = "ABCD"
@@ -206,7 +206,7 @@ def _plans(name: str, spec: SplitSpec) -> Iterator[_Plan]:
         rng.shuffle(unique)
         made = []
         for number, (kind, letter) in enumerate(asked):
-            question, about, options, segment = _question(rng, kind, letter, cards, unique)
+            question, about, options, last = _question(rng, kind, letter, cards, unique)
             made.append(
                 records.Record(
                     id=f"{name}-{index:04d}-{number}",
@@ -216,12 +216,13 @@ def _plans(name: str, spec: SplitSpec) -> Iterator[_Plan]:
                     answer=letter,
                     start=0.0,
                     end=float(spec.segments * needle_video.CLIP_SECONDS),
+                    evidence=last.time,
                     duration=float(spec.segments * needle_video.CLIP_SECONDS),
                     category=kind,
                     source="needle",
                     meta={
                         "about": about,
-                        "needle_segment": segment,
+                        "needle_segment": last.segment,
                         "cards": [dataclasses.asdict(card) for card in cards],
                     },
                 )
@@ -303,7 +304,7 @@ def _question(
     letter: str,
     cards: Sequence[Card],
     unique: list[str],
-) -> tuple[str, str | None, list[str], int]:
+) -> tuple[str, str | None, list[str], Card]:
     """Makes a question of a kind whose answer is at `letter`.
 
     Args:
@@ -311,14 +312,14 @@ def _question(
       unique: colours shown once and not asked for yet; a "colour" question takes one away.
 
     Returns:
-      The question, the colour or picture that it names, its four options and the clip of the
-      last card needed.
+      The question, the colour or picture that it names, its four options and the last card that
+      the answer needs.
     """
     if kind == "count":
         colours = _colours_shown(cards, _LETTERS.index(letter) + 1)
         colour = colours[rng.integers(len(colours))]
-        segment = max(card.segment for card in cards if card.colour == colour)
-        return f"How many {colour} cards were there?", colour, ["1", "2", "3", "4"], segment
+        last = [card for card in cards if card.colour == colour][-1]
+        return f"How many {colour} cards were there?", colour, ["1", "2", "3", "4"], last
     about = None
     if kind == "colour":
         about = unique.pop()
@@ -335,4 +336,4 @@ def _question(
     others = [card.picture for card in cards if card.picture not in (about, gold.picture)]
     options = [str(option) for option in rng.choice(others, 3, replace=False)]
     options.insert(_LETTERS.index(letter), gold.picture)
-    return question, about, options, gold.segment
+    return question, about, options, gold

@@ -39,6 +39,13 @@ _log = logging.getLogger(__name__)
 ALONE = Reader()
 
 
+def _known_from(times: Float[np.ndarray, "t f"], evidence: float | None) -> np.int32:
+    """The first clip that reaches `evidence` (seconds); the last where the frames end before."""
+    if evidence is None:
+        return np.int32(0)
+    return np.int32(min((times[:, -1] < evidence).sum(), len(times) - 1))
+
+
 class Loader:
     """Turns a record into one row of a Batch.
 
@@ -81,6 +88,7 @@ class Loader:
             clip=clip,
             chain=self._chain(record),
             gold=np.int32(-1 if record.is_open else LETTERS.index(record.answer)),
+            known_from=_known_from(times, record.evidence),
             choices=self._choices(record),
             record=np.int32(index),
             real=np.bool_(True),
@@ -93,9 +101,9 @@ class Loader:
         frames = np.zeros((times.size, 32, 32, 3), np.uint8)
         prefix, clip = self._shown(frames, times, ("", ()))
         choices = answers(self.tokenizer, (), "text", sizes.options, sizes.answer_tokens)
-        nothing = np.int32(-1)
+        nothing, first = np.int32(-1), np.int32(0)
         return Batch(
-            prefix, clip, self._no_chain(), nothing, choices, np.int32(0), real=np.bool_(False)
+            prefix, clip, self._no_chain(), nothing, first, choices, first, real=np.bool_(False)
         )
 
     def _shown(

@@ -10,6 +10,7 @@ A row of a JSONL file has these fields:
     answer    the letter of the right option: "A" is the first; of an open-ended question, its text
     start     optional number, seconds: where the part that the question is about begins
     end       optional number, seconds: where it ends
+    evidence  optional number, seconds: by when the video has shown all that the answer needs
     memories  optional list of strings: the memory after every clip, for supervised chains
     answers   optional list of letters (or texts), one per memory: the provisional answers; "" for
               none
@@ -74,6 +75,7 @@ class Record:
     answer: str
     start: float | None = None
     end: float | None = None
+    evidence: float | None = None
     memories: tuple[str, ...] | None = None
     answers: tuple[str, ...] | None = None
     duration: float | None = None
@@ -119,7 +121,7 @@ class Record:
                 raise BadRecord("options", "'options' must not be empty strings, found one.")
 
     def _check_times(self) -> None:
-        for name in ("start", "end", "duration"):
+        for name in ("start", "end", "evidence", "duration"):
             value = getattr(self, name)
             if value is None:
                 continue
