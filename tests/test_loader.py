@@ -97,6 +97,20 @@ def test_a_row_says_what_the_record_says(tokenizer, film):
     np.testing.assert_array_equal(row.chain.answer, [-1] * SEGMENTS)
 
 
+def test_from_which_clip_on_an_answer_can_be_known(tokenizer, film):
+    """The first one whose frames reach the evidence; the last where none does."""
+    loader = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
+    ends = loader.times(film[0])[:, -1]
+    expected = {None: 0, 0.0: 0, ends[0]: 0, ends[0] + 0.1: 1, ends[-1]: 3, 1e6: 3}
+    for evidence, segment in expected.items():
+        record = dataclasses.replace(film[0], evidence=evidence)
+        assert loader(0, record).known_from == segment, evidence
+    # The task's clips are named by their records.
+    for row, record in enumerate(film[:4]):
+        assert loader(row, record).known_from == record.meta["needle_segment"]
+    assert loader.blank().known_from == 0
+
+
 def test_chains(tokenizer, film):
     load = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
     memories = ("red cat", "", "red cat blue boat", "blue boat")

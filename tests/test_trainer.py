@@ -136,6 +136,19 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_what_an_answer_is_worth_and_a_token_costs(trainer_of, batch):
+    """By each example's evidence, and by the update."""
+    known_from = np.arange(EXAMPLES, dtype=np.int32) % SEGMENTS
+    trainer = trainer_of(settings=with_prpo(evidence=True, discount=0.5, beta=0.4, beta_warmup=4))
+    for segment in range(SEGMENTS):
+        worth = trainer.worth(batch._replace(known_from=known_from), jnp.int32(segment))
+        early = 0.5 ** (SEGMENTS - 1 - segment)
+        np.testing.assert_array_equal(worth, np.where(known_from <= segment, early, 0.0))
+    costs = [float(trainer.beta(jnp.int32(step))) for step in (0, 1, 3, 4, 100)]
+    np.testing.assert_allclose(costs, [0.1, 0.2, 0.4, 0.4, 0.4], rtol=1e-6)
+    assert float(trainer_of().beta(jnp.int32(0))) == pytest.approx(BASE.prpo.beta)
+
+
 @pytest.fixture(scope="module")
 def rolled(trainer_of, batch):
     """One rollout on one device, with a prompt a group."""

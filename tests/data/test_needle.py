@@ -208,6 +208,8 @@ def test_questions_have_one_right_answer(demo):
         answer, segment, about = gold(record)
         assert record.options["ABCD".index(record.answer)] == answer
         assert record.meta["needle_segment"] == segment
+        times = [c["time"] for c in record.meta["cards"] if c["segment"] == segment]
+        assert record.evidence in times
         assert record.meta["about"] == about
         if record.category == "count":
             assert record.options == ("1", "2", "3", "4")
