@@ -33,6 +33,7 @@ def memory_text(cards: Iterable[CardFacts]) -> str:
 
 
 # What a chain prefers to keep: any card, the first ones, the last ones, those of one colour.
+UNTAUGHT = 0.75  # share of the answers that no memory supports
 HABITS = ("any", "first", "last", "colour")
 
 
@@ -49,9 +50,11 @@ def chain(
 
     Returns:
       For each clip, the memory after it, and the letter of the option that the memory supports.
-      Where it supports none, A: left untaught, the format breaks there, and where any option is
-      taught, answers that are supported become uncertain too (of the demo's test questions about a
-      colour, 64% of those supported were answered right after the cold start; with A, 90%).
+      Where it supports none, A, or mostly nothing to learn ("", `UNTAUGHT`): never taught, the
+      format breaks there; where any option is taught, answers that are supported become uncertain
+      too (of the demo's test questions about a colour, 64% of those supported were answered right
+      after the cold start; with A, 90%); and with A each time, most answers on what came after a
+      card are A, and half of those that were supported became it too.
     """
     cards = record.meta["cards"]
     liked = _order(rng, cards)
@@ -65,8 +68,10 @@ def chain(
         kept = [cards[i] for i in held]
         memories.append(memory_text(kept))
         answer = supported_answer(record, kept)
-        known = answer in record.options
-        answers.append(records.LETTERS[record.options.index(answer) if known else 0])
+        if answer in record.options:
+            answers.append(records.LETTERS[record.options.index(answer)])
+        else:
+            answers.append("" if rng.random() < UNTAUGHT else "A")
     return tuple(memories), tuple(answers)
 
 
