@@ -35,7 +35,6 @@ def get_config():
     config.prpo.alpha = 1.0
     config.prpo.beta = 0.005
     # Chosen from the number of devices (`settings.for_devices`); any number given here stays.
-    config.mesh.data = 1
     config.mesh.fsdp = config.mesh.tensor = 0
     config.coldstart.accumulate = config.prpo.accumulate = 0
     return config

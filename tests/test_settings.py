@@ -214,26 +214,33 @@ def test_every_key_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("devices", "mesh", "accumulate"),
+    ("devices", "batch", "mesh", "accumulate"),
     [
-        (1, (1, 1, 1), 64),
-        (8, (1, 8, 1), 8),
-        (16, (1, 16, 1), 4),
-        (32, (1, 16, 2), 4),
-        (128, (1, 16, 8), 4),
+        (1, 16, (1, 1, 1), 64),
+        (8, 16, (1, 8, 1), 8),
+        (16, 16, (1, 16, 1), 4),
+        (32, 16, (1, 16, 2), 4),
+        (128, 16, (1, 16, 8), 4),
+        (256, 256, (8, 32, 1), 4),
     ],
 )
-def test_mesh_and_micro_batches_follow_the_devices(devices, mesh, accumulate):
-    """16 examples of 4 segments: one prompt a device at a time."""
+def test_mesh_and_micro_batches_follow_the_devices(devices, batch, mesh, accumulate):
+    """Examples of 4 segments: one prompt a device at a time, parameters in 32 parts at most."""
     s = settings.Settings(
         mesh=settings.Mesh(fsdp=0, tensor=0),
-        prpo=settings.PRPO(batch=16, accumulate=0),
-        coldstart=settings.Coldstart(batch=32, accumulate=3),
+        prpo=settings.PRPO(batch=batch, accumulate=0),
+        coldstart=settings.Coldstart(batch=2 * batch, accumulate=3),
+        eval=settings.Eval(batch=2 * batch),
     )
     got = settings.for_devices(s, devices)
     assert dataclasses.astuple(got.mesh) == mesh
     assert got.prpo.accumulate == accumulate
     assert got.coldstart.accumulate == 3  # what is said stays
+
+
+def test_copies_of_the_parameters_that_are_said_stay():
+    s = settings.Settings(mesh=settings.Mesh(data=2, fsdp=0, tensor=0))
+    assert dataclasses.astuple(settings.for_devices(s, 32).mesh) == (2, 8, 2)
 
 
 def test_a_mesh_that_is_said_stays():

@@ -22,6 +22,10 @@ from videomem_jax.models.config import ConfigError
 _SIZES = ("prompt", "memory")
 SIZES_FILE = "videomem.json"
 
+# Parts of the parameters at most. In decoding the activations of all examples that share them move
+# between layers (`sharding`): with more parts than this, that takes longer than reading weights.
+_FSDP = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -196,8 +200,7 @@ class Eval:
 class Mesh:
     """Devices on each axis; -1 on one of them takes what is left.
 
-    With fsdp and tensor 0 they are chosen: as many parts of the batch as divide it, and `tensor`
-    takes what is left.
+    With fsdp and tensor 0 they are chosen (`for_devices`), and so is data unless it is above 0.
     """
 
     data: int = -1  # splits the batch
@@ -266,15 +269,18 @@ def freeze(config: config_dict.ConfigDict) -> Settings:
 def for_devices(settings: Settings, count: int) -> Settings:
     """The settings with what they leave to the number of devices chosen for it.
 
+    The batch is cut into as many parts as devices and batches allow; `tensor` takes the devices
+    that are left. Parameters are cut into `_FSDP` parts at most, and `data` repeats those.
+
     Args:
       settings: with `mesh.fsdp=0` and `mesh.tensor=0`, or an `accumulate` of 0.
       count: of devices.
     """
     s, mesh = settings, settings.mesh
     if mesh.fsdp == mesh.tensor == 0:
-        data = max(mesh.data, 1)
-        batch = math.gcd(s.coldstart.batch, s.prpo.batch, s.eval.batch)
-        fsdp = math.gcd(count // data, batch // math.gcd(batch, data))
+        parts = math.gcd(count, s.coldstart.batch, s.prpo.batch, s.eval.batch)
+        data = mesh.data if mesh.data > 0 else parts // math.gcd(parts, _FSDP)
+        fsdp = max(parts // data, 1)
         mesh = Mesh(data, fsdp, max(count // (data * fsdp), 1))
     # Parts of the batch; a mesh that does not fit is `sharding.make_mesh`'s to refuse.
     rows = count // mesh.tensor if mesh.tensor > 0 else max(mesh.data, 1) * max(mesh.fsdp, 1)
