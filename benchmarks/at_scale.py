@@ -3,18 +3,20 @@
     python benchmarks/at_scale.py operations
     python benchmarks/at_scale.py temporaries --target=v5p:2x2x4
     python benchmarks/at_scale.py scaling
+    python benchmarks/at_scale.py fits runs/aot
 
 `operations`: PRPO's prefill and update against GRPO's (`psp=False`), by the account that the
 compiled programs are held to. `temporaries`: of the update, as batch and G x prompt grow.
 `scaling`: seconds and sent bytes of a rollout and an update on 16 to 256 chips of v5p, the examples
-of a batch growing with them. The last two need the environment of `make aot-tpu`, and minutes a
-line.
+of a batch growing with them. These two need the environment of `make aot-tpu`, and minutes a line.
+`fits`: the tables that `make aot` left, as one in Markdown (docs/scale.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import runpy
 import sys
@@ -71,9 +73,11 @@ def compiled(s: settings.Settings, target: chips.Target, name: str):
 
 
 def temporaries(target: chips.Target) -> None:
-    """One prompt a chip at a time, whatever the batch; its prompt once, whatever the group."""
+    """One prompt a chip at a time, whatever the batch; and once a group: a longer one costs a group
+    of 8 no more than one of 4."""
     print("batch  G  prefix  temporaries, GB  arguments, GB")
-    for batch, group, prefix in ((16, 8, 2560), (32, 8, 2560), (16, 4, 2560), (16, 8, 5120)):
+    sizes = ((16, 8, 2560), (32, 8, 2560), (16, 8, 5120), (16, 4, 2560), (16, 4, 5120))
+    for batch, group, prefix in sizes:
         s = paper(prpo__batch=batch, prpo__group_size=group, prompt__prefix_tokens=prefix)
         m = compiled(s, target, "update")
         print(
@@ -96,18 +100,41 @@ def scaling() -> None:
             print(f"{n:5}  {name:8} {m.seconds:11.3f} {sent:9.1f} {used:12.1%}", flush=True)
 
 
+def fits(folder: pathlib.Path) -> None:
+    """What fits where: one line a step that was compiled."""
+    print("| configuration | machine | mesh | step | GB a chip | utilisation | compiled in |")
+    print("|---|---|---|---|---|---|---|")
+    for file in sorted(folder.glob("*/aot-*.json")):
+        content = json.loads(file.read_text())
+        mesh = " x ".join(str(content["settings"]["mesh"][axis]) for axis in sharding.AXES)
+        for row in content["steps"]:
+            gb = f"{row['total'] / 1e9:.1f}" if row["total"] else "-"
+            capacity = content["chip"].get("memory")
+            room = f"{gb} of {capacity / 1e9:.0f}" if capacity else gb
+            used = f"{row['utilisation']:.0%}" if row["utilisation"] else "-"
+            print(
+                f"| `{file.parent.name}` | {content['target']} | {mesh} | {row['step']} | {room} "
+                f"| {used} | {row['processor_seconds']:.0f} s |"
+            )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["operations", "temporaries", "scaling"])
+    parser.add_argument("what", choices=["operations", "temporaries", "scaling", "fits"])
+    parser.add_argument(
+        "folder", nargs="?", default="runs/aot", help="of the tables that fits reads"
+    )
     parser.add_argument("--target", default="v5p:2x2x4", help="of the temporaries")
     args = parser.parse_args()
     if args.what == "operations":
         operations()
     elif args.what == "temporaries":
         temporaries(chips.parse(args.target))
-    else:
+    elif args.what == "scaling":
         scaling()
+    else:
+        fits(pathlib.Path(args.folder))
 
 
 if __name__ == "__main__":

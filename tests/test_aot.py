@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from videomem_jax import aot, sharding
 from videomem_jax import settings as cfg
-from videomem_jax.aot import account, chips, costs, programs, report
+from videomem_jax.aot import account, chips, costs, programs, report, whole
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig, VisionConfig
 from videomem_jax.models.presets import preset
 
@@ -182,23 +182,34 @@ def test_prpo_computes_a_part_of_what_grpo_does(completion, most):
 def test_nothing_large_is_whole_anywhere(sizes):
     """In the update: no embedding or head, no stack of layers, no logits of all its tokens."""
     text = CONFIG.text
-    vocab, d, depth = text.vocab_size, text.hidden_size, text.num_hidden_layers
     arrays = costs.Program(compiled("update", mesh=sizes).as_text()).arrays()
     floats = {dims for dtype, dims in arrays if dtype in ("f32", "bf16")}
-    assert (depth, d, text.intermediate_size // 8) in floats
-    tables = {(vocab, d), (d, vocab)}
-    stacks = {(depth, *x) for x in ((d, text.intermediate_size), (text.intermediate_size, d))}
-    assert not floats & (tables | stacks)
+    assert (text.num_hidden_layers, text.hidden_size, text.intermediate_size // 8) in floats
+    s = dataclasses.replace(SETTINGS, mesh=cfg.Mesh(*sizes))
+    assert not whole.held(arrays, s, CONFIG, 8)
     # A completion's 16 positions a prompt and completion, of which 8 at once have logits.
+    vocab = text.vocab_size
     logits = [int(np.prod(x)) for x in floats if x and x[-1] in (vocab, vocab // 8)]
     assert max(logits, default=0) <= 8 * 4 * 8 * vocab // 8
+
+
+def test_what_is_held_whole_is_named():
+    """On 8 chips: an embedding, a stack, and logits of twice as many positions as a chunk has."""
+    s = dataclasses.replace(SETTINGS, mesh=cfg.Mesh(1, 8, 1))
+    good = {("f32", (1024, 8)), ("f32", (3, 64, 24)), ("bf16", (8, 4, 8, 128)), ("s32", (1024, 64))}
+    assert whole.held(good, s, CONFIG, 8) == []
+    bad = [("bf16", (1024, 64)), ("f32", (3, 1, 64, 192)), ("f32", (8, 4, 16, 128))]
+    names = ["table of the vocabulary", "stack of layers", "logits of more positions"]
+    for array, name in zip(bad, names, strict=True):
+        (found,) = whole.held(good | {array}, s, CONFIG, 8)
+        assert name in found
 
 
 # --- the table ---
 
 
 def measured(**changes):
-    kept = report.Measured("update", 1, 2e9, 3e9, 1e9, 6e9, 1e12, 2e12, 1.0, 1e9, {}, {})
+    kept = report.Measured("update", 1e12, 2e12, arguments=2e9, temporaries=3e9, outputs=1e9)
     return dataclasses.replace(kept, **changes)
 
 
@@ -216,12 +227,42 @@ def test_forecast_and_utilisation():
 def test_what_does_not_fit_ends_with_an_error(monkeypatch, tmp_path, capsys):
     """The table is printed and saved all the same."""
     monkeypatch.setattr(chips, "devices", lambda target: jax.devices()[:1])
-    monkeypatch.setattr(aot, "measure", lambda *a: measured(total=17e9))
+    monkeypatch.setattr(aot, "measure", lambda step, *a: measured(step=step.name, arguments=13e9))
     s = dataclasses.replace(SETTINGS, coldstart=cfg.Coldstart(steps=0, batch=8))
     with pytest.raises(aot.DoesNotFit, match=r"update step does not fit: it needs 17.0 GB a chip"):
         aot.check(s, "v5e:1x1", tmp_path)
     saved = json.loads((tmp_path / "aot-v5e-1x1.json").read_text())
     assert saved["steps"][0]["fits"] is False and "NO" in capsys.readouterr().out
+
+
+def test_what_each_chip_holds_whole_ends_with_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(chips, "devices", lambda target: jax.devices()[:1])
+    monkeypatch.setattr(
+        aot, "measure", lambda step, *a: measured(step=step.name, whole=["a stack"])
+    )
+    with pytest.raises(aot.DoesNotFit, match="the update step: each chip holds a stack"):
+        aot.check(SETTINGS, "v5e:1x1", tmp_path, ["update"])
+
+
+def test_the_table_is_filled_step_by_step(monkeypatch, tmp_path):
+    """A step compiled by itself joins those that are saved; other settings begin a new table."""
+    monkeypatch.setattr(chips, "devices", lambda target: jax.devices()[:1])
+    made = []
+
+    def measure(step, *_):
+        made.append(step.name)
+        return measured(step=step.name, date=f"day {len(made)}", roofline={"rest": {"bytes": 1.0}})
+
+    monkeypatch.setattr(aot, "measure", measure)
+    for name in ("update", "rollout"):
+        found = aot.check(SETTINGS, "v5e:1x1", tmp_path, [name])
+    assert made == ["update", "rollout"]
+    assert [(m.step, m.date) for m in found] == [("rollout", "day 2"), ("update", "day 1")]
+    assert found[1].roofline == {"rest": {"bytes": 1.0}}
+    other = dataclasses.replace(SETTINGS, seed=1)
+    assert len(aot.check(other, "v5e:1x1", tmp_path, ["update"])) == 1
+    with pytest.raises(ConfigError, match="aot_steps=sleep is unknown: this run has coldstart, "):
+        aot.check(SETTINGS, "v5e:1x1", tmp_path, ["sleep"])
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ the compiler of that machine.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import pathlib
 import time
@@ -16,18 +18,21 @@ import jax
 
 from videomem_jax import settings as cfg
 from videomem_jax import sharding
-from videomem_jax.aot import account, chips, costs, programs, report
+from videomem_jax.aot import account, chips, costs, programs, report, whole
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
 
 
 class DoesNotFit(ConfigError):
-    """A step needs more memory than a chip has; the message says which and how much."""
+    """A step needs more memory than a chip has, or each chip holds what they should share."""
 
 
 def check(
     s: cfg.Settings, text: str, workdir: pathlib.Path, only: Sequence[str] = ()
 ) -> list[report.Measured]:
     """Compiles the steps of a run for a target; prints the table and saves it in the workdir.
+
+    The table is saved after every step. With `only`, it keeps what is saved of the other steps,
+    if the settings have not changed.
 
     Args:
       s: the run's settings.
@@ -36,7 +41,8 @@ def check(
       only: names of steps; none for all.
 
     Raises:
-      ConfigError: the target, its compiler or the model's sizes are not to be had.
+      ConfigError: the target, its compiler or the model's sizes are not to be had, or a step has
+        no such name.
       DoesNotFit: once the table is printed and saved.
     """
     target = chips.parse(text)
@@ -45,29 +51,47 @@ def check(
     batches = {"coldstart__batch": s.coldstart.batch, "prpo__batch": s.prpo.batch}
     sharding.check_batch(mesh, eval__batch=s.eval.batch, **batches)
     config = programs.architecture(s)
+    steps = {step.name: step for step in programs.steps(s, config, mesh)}
+    if unknown := [name for name in only if name not in steps]:
+        raise ConfigError(f"--aot_steps={unknown[0]} is unknown: this run has {', '.join(steps)}")
     print(f"compiling for {target}, mesh {dict(mesh.shape)}")
-    found = []
-    for step in programs.steps(s, config, mesh):
-        if not only or step.name in only:
-            found.append(measure(step, s, config, target))
-            print(f"{step.name}: {found[-1].compile_seconds:.0f} s", flush=True)
-    print("\n" + report.table(target, found))
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / f"aot-{str(target).replace(':', '-')}.json"
-    content = report.as_json(target, found, dataclasses.asdict(s))
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    settings = dataclasses.asdict(s)
+    rows = report.saved(file, settings) if only else {}
+    for name in only or steps:
+        rows[name] = m = measure(steps[name], s, config, target)
+        content = report.as_json(target, list(rows.values()), settings)
+        file.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{name}: {m.compile_seconds:.0f} s", flush=True)
+    found = [rows[name] for name in steps if name in rows]
+    print("\n" + report.table(target, found))
     print(f"saved in {file}")
-    if large := [m for m in found if not m.fits(target.chip)]:
+    _judge(found, target)
+    return found
+
+
+def _judge(found: list[report.Measured], target: chips.Target) -> None:
+    capacity = target.chip.memory
+    large = [m for m in found if not m.fits(target.chip)]
+    repeated = [m for m in found if m.whole]
+    if large:
         raise DoesNotFit(
             "; ".join(
                 f"the {m.step} step does not fit: "
                 + (m.failure or f"it needs {m.total / 1e9:.1f} GB a chip")
                 for m in large
             )
-            + f"; a {target.name} chip has {target.chip.memory / 1e9:.0f} GB: use more chips, "
+            + f"; a {target.name} chip has {capacity / 1e9:.0f} GB: use more chips, "
             f"raise accumulate, or shorten prompt and memory"
         )
-    return found
+    if repeated:
+        raise DoesNotFit(
+            "; ".join(
+                f"in the {m.step} step each chip holds {', '.join(m.whole)}" for m in repeated
+            )
+            + ": raise config.mesh.fsdp or tensor, by which such arrays are split"
+        )
 
 
 def measure(
@@ -76,30 +100,28 @@ def measure(
     """Compiles one step and takes its costs."""
     flash = s.model.attention != "xla" and target.chip.kind != "cpu"
     hand = account.Account(s, config, flash).steps()[step.name]
-    began = time.perf_counter()
+    model, products, kernels = (x / target.count for x in hand)
+    made = report.Measured(step.name, model, products + kernels, **_now(target))
+    began, worked = time.perf_counter(), time.process_time()
     lowered = step.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        model, products, kernels = (x / target.count for x in hand)
-        return report.Measured(
-            *(step.name, time.perf_counter() - began, None, None, None, None),
-            *(model, products + kernels, None, None, {}, {}),
-            failure=_reason(error),
-        )
-    took = time.perf_counter() - began
+        compiled, made.failure = None, _reason(error)
+    made.compile_seconds = time.perf_counter() - began
+    made.processor_seconds = time.process_time() - worked
+    if compiled is None:
+        return made
     memory = compiled.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs)
-    model, products, kernels = (x / target.count for x in hand)
-    made = report.Measured(
-        step.name, took, *sizes, sum(sizes), model, products + kernels, None, None, {}, {}
-    )
+    made.arguments, made.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    made.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    program = costs.Program(compiled.as_text(), _completion(s))
+    if target.count > 1:
+        made.whole = whole.held(program.arrays(), s, config, target.count)
     if target.chip.kind == "gpu":  # its products are calls to libraries: operations by hand
         return made
-    program = costs.Program(compiled.as_text(), _completion(s))
     cost, decode = program.cost, program.loop_cost
     made.by_hand = products / cost.products
     made.operations = cost.products + kernels
@@ -118,6 +140,12 @@ def measure(
         made.decode_step_bytes = decode.bytes / (_completion(s) * s.prompt.segments)
         made.decode_step_floor = _floor(step.name, s, config) / target.count
     return made
+
+
+def _now(target: chips.Target) -> dict[str, str]:
+    names = ["jax", *{"tpu": ["libtpu"], "gpu": ["jax-cuda12-plugin"]}.get(target.chip.kind, [])]
+    compiler = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return {"date": datetime.date.today().isoformat(), "compiler": compiler}
 
 
 def _completion(s: cfg.Settings) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 from videomem_jax.aot.chips import Chip, Target
@@ -18,26 +20,37 @@ operations (nothing computed twice) over peak x forecast."""
 
 @dataclasses.dataclass
 class Measured:
-    """One compiled step; operations and bytes are a chip's, None where the compiler says none.
+    """One compiled step; memory, operations and bytes are a chip's, None where nobody says.
 
     roofline: seconds of the rest and of decoding by what bounds them.
+    whole: large arrays that are held whole (`whole.held`).
+    failure: why it did not compile.
     """
 
     step: str
-    compile_seconds: float
-    arguments: float | None
-    temporaries: float | None
-    outputs: float | None
-    total: float | None
     model_operations: float
     operations: float
-    by_hand: float | None
-    bytes: float | None
-    sent: dict[str, float]
-    roofline: dict[str, dict[str, float]]
+    date: str = ""
+    compiler: str = ""
+    compile_seconds: float = 0.0
+    processor_seconds: float = 0.0
+    arguments: float | None = None
+    temporaries: float | None = None
+    outputs: float | None = None
+    by_hand: float | None = None
+    bytes: float | None = None
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    roofline: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     decode_step_bytes: float | None = None
     decode_step_floor: float | None = None
+    whole: list[str] = dataclasses.field(default_factory=list)
     failure: str = ""
+
+    @property
+    def total(self) -> float | None:
+        """Memory that the step needs; outputs are those in places of their own."""
+        parts = (self.arguments, self.temporaries, self.outputs)
+        return None if None in parts else sum(parts)
 
     @property
     def seconds(self) -> float:
@@ -65,6 +78,7 @@ def as_json(target: Target, found: list[Measured], settings: dict[str, Any]) -> 
         "steps": [
             dataclasses.asdict(m)
             | {
+                "total": m.total,
                 "fits": m.fits(chip),
                 "forecast_seconds": m.seconds or None,
                 "utilisation": m.utilisation(chip),
@@ -73,6 +87,17 @@ def as_json(target: Target, found: list[Measured], settings: dict[str, Any]) -> 
         ],
         "settings": settings,
     }
+
+
+def saved(file: pathlib.Path, settings: dict[str, Any]) -> dict[str, Measured]:
+    """What `as_json` left in a file, by step; nothing if that was of other settings."""
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text())
+    if content["settings"] != json.loads(json.dumps(settings)):
+        return {}
+    names = [f.name for f in dataclasses.fields(Measured)]
+    return {row["step"]: Measured(**{k: row[k] for k in names}) for row in content["steps"]}
 
 
 def table(target: Target, found: list[Measured]) -> str:
@@ -108,6 +133,8 @@ def table(target: Target, found: list[Measured]) -> str:
     row("forecast, s", lambda m: number(m.seconds or None, 1, ".3f"))
     row("utilisation, %", lambda m: number(m.utilisation(chip), 0.01, ".1f"))
     row("compiled in, s", lambda m: number(m.compile_seconds, 1, ".0f"))
+    row("  processor time, s", lambda m: number(m.processor_seconds, 1, ".0f"))
+    row("  on", lambda m: m.date)
     widths = [max(len(line[i]) for line in rows) for i in range(len(head))]
     lines = [
         "  ".join(
@@ -117,7 +144,8 @@ def table(target: Target, found: list[Measured]) -> str:
         for line in rows
     ]
     title = f"{target}: {target.count} chips; figures of one chip"
-    return "\n".join((title, *lines, "", METHOD))
+    compilers = "; ".join(sorted({m.compiler for m in found}))
+    return "\n".join((title, *lines, "", f"Compiled by {compilers}. {METHOD}"))
 
 
 def _over_floor(m: Measured) -> str:
