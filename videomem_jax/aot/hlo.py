@@ -44,17 +44,26 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     for line in text.splitlines():
         if name is None:
             if found := re.match(r"(ENTRY )?(%[\w.\-]+) \(.*\{$", line):
-                name, body, root = found[2], [], None
+                name, lines = found[2], []
                 entry = name if found[1] else entry
-        elif line.startswith("}"):
-            computations[name], name = [*body, *([root] if root else [])], None
-        elif found := re.match(r"\s+(ROOT )?(%[\w.\-]+) = (.*)$", line):
-            one = _instruction(found[2], found[3])
-            if found[1]:
-                root = one
-            else:
-                body.append(one)
+        elif _END.fullmatch(line):
+            computations[name], name = _body(lines), None
+        elif _BEGIN.match(line):
+            lines.append(line)
+        elif lines:  # a hand-written kernel's text goes over several lines
+            lines[-1] += line
     return computations, entry
+
+
+_BEGIN = re.compile(r"\s+(ROOT )?(%[\w.\-]+) = (.*)$")
+_END = re.compile(r"\}(, execution_thread=.*)?")
+
+
+def _body(lines: list[str]) -> list[Instruction]:
+    body, root = [], []
+    for is_root, name, rest in (_BEGIN.match(line).groups() for line in lines):
+        (root if is_root else body).append(_instruction(name, rest))
+    return body + root
 
 
 def _instruction(name: str, rest: str) -> Instruction:
