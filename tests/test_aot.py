@@ -152,6 +152,60 @@ def test_products_as_the_tpu_compiler_writes_them():
     assert costs._convolution((3, 2, 7), (3, 7, 4), (5, 2, 4), outer) == 2 * 2 * 4 * 7 * 9
 
 
+# As the TPU's compiler writes it: a kernel's text over several lines, a loop that it has unrolled
+# twice, and a weight that a product's fusion takes through a view of its own.
+TPU_TEXT = """HloModule m
+
+%cond (c: (u32[], bf16[8,8])) -> pred[] {
+  %c = (u32[], bf16[8,8]{1,0}) parameter(0)
+  %n = u32[] constant(8)
+  %at = u32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%at, %n), direction=LT
+}
+
+%view (q: bf16[8,8]) -> bf16[8,8] {
+  %q = bf16[8,8]{1,0} parameter(0)
+  ROOT %b = bf16[8,8]{1,0} bitcast(%q)
+}
+
+%product (a: bf16[8,8], w: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %w = bf16[8,8]{1,0} parameter(1)
+  %v = bf16[8,8]{1,0} fusion(%w), kind=kLoop, calls=%view
+  ROOT %d = bf16[8,8]{1,0} dot(%a, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (p: (u32[], bf16[8,8])) -> (u32[], bf16[8,8]) {
+  %p = (u32[], bf16[8,8]{1,0}) parameter(0)
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%p), index=0
+  %x = bf16[8,8]{1,0} get-tuple-element(%p), index=1
+  %y = bf16[8,8]{1,0:S(1)} custom-call(%x), custom_call_target="tpu_custom_call", config={"a": {
+  "b": "loc(c)"
+}}, metadata={op_name="jit(f)/splash_mha_fwd"}
+  %z = bf16[8,8]{1,0:S(1)} fusion(%y, %x), kind=kOutput, calls=%product
+  %j = u32[] add(%i, %two)
+  ROOT %out = (u32[], bf16[8,8]{1,0}) tuple(%j, %z)
+}
+
+ENTRY %main (m: bf16[8,8]) -> (u32[], bf16[8,8]) {
+  %m = bf16[8,8]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %t = (u32[], bf16[8,8]{1,0}) tuple(%zero, %m)
+  ROOT %loop = (u32[], bf16[8,8]{1,0}) while(%t), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_program_as_the_tpu_compiler_writes_it():
+    cost = costs.Program(TPU_TEXT).cost
+    assert cost.kernels == {"splash_mha_fwd": 4}
+    assert cost.products == 4 * 2 * 8 * 8 * 8
+    # The kernel reads its operand, the product its weight; scratch memory is free. And the counter.
+    matrix = 8 * 8 * 2
+    assert cost.bytes == 4 * (2 * matrix + 2 * 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["coldstart", "rollout", "update", "evaluation"])
 def test_the_account_by_hand_is_the_program(name):

@@ -87,9 +87,7 @@ def _judge(found: list[report.Measured], target: chips.Target) -> None:
         )
     if repeated:
         raise DoesNotFit(
-            "; ".join(
-                f"in the {m.step} step each chip holds {', '.join(m.whole)}" for m in repeated
-            )
+            "; ".join(f"the {m.step} step: each chip holds {', '.join(m.whole)}" for m in repeated)
             + ": raise config.mesh.fsdp or tensor, by which such arrays are split"
         )
 

@@ -175,7 +175,21 @@ class Program:
         # A counter against a number, and nothing else that could end the loop.
         plain = {"parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast"}
         simple = all(c.op in plain for c in body) and sum(c.op == "compare" for c in body) == 1
-        return numbers[0] if simple and len(numbers) == 1 else None
+        if not simple or len(numbers) != 1:
+            return None
+        places = {_index(c) for c in self._computations[condition] if c.op == "get-tuple-element"}
+        stride = self._stride(i, places.pop()) if len(places) == 1 else 1
+        return -(-numbers[0] // stride)
+
+    def _stride(self, loop: Instruction, place: int) -> int:
+        """By how much a loop's body, which the compiler may have unrolled, moves its counter on."""
+        body = re.search(r"body=(%[\w.\-]+)", loop.attributes)[1]
+        table, out = self._tables[body], self._computations[body][-1]
+        moved = table.get(out.operands[place]) if out.op == "tuple" else None
+        if moved is None or moved.op != "add":
+            return 1
+        added = [table[name] for name in moved.operands if name in table]
+        return next((int(x.inside) for x in added if x.op == "constant"), 1)
 
     def _with_fusions(self, name: str) -> list[Instruction]:
         body = list(self._computations[name])
@@ -257,7 +271,10 @@ class Program:
 
     def _used_inside(self, computation: str, value: Instruction, shape: Shape) -> float:
         total = 0.0
-        for j in self._computations[computation]:
+        body = self._computations[computation]
+        if value is body[-1]:  # handed on as it is, to whom reads all of it
+            return shape.bytes
+        for j in body:
             for place, name in enumerate(j.operands):
                 if name == value.name:
                     if j.op in ("bitcast", "reshape"):
@@ -298,6 +315,10 @@ class Program:
             called = self._called(root)[0]
             return self._written_inside(called, self._computations[called][-1], out)
         return sum(s.bytes for s in out if s.main)
+
+
+def _index(element: Instruction) -> int:
+    return int(re.search(r"index=(\d+)", element.attributes)[1])
 
 
 def _group_size(attributes: str) -> int:

@@ -74,7 +74,9 @@ class Attention(nnx.Module):
         return constrain(y, "attend", ..., "heads", None)
 
     def output(self, y):
-        y = rearrange(y, "... n h -> ... (n h)")
+        # Said of the attention's own output too: else the layout that its sum over heads is to have
+        # is the one in which keys and values are brought together.
+        y = rearrange(constrain(y, "attend", ..., "heads", None), "... n h -> ... (n h)")
         return self.o_proj(constrain(y, "rows", ..., "hidden"))
 
 

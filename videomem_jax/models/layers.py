@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -35,7 +37,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = sharding.gathered(self.kernel[...].astype(x.dtype), self.split)
-        y = matmul(x, kernel)
+        y = matmul(x, kernel, self.split)
         if self.lora_a is not None:
             a, b = (
                 sharding.gathered(part[...].astype(x.dtype), None)
@@ -45,25 +47,34 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """`x @ kernel`, its gradient's layouts chosen for the CPU.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(
+    x: Float[Array, "... i"], kernel: Float[Array, "i o"], split: str | None = None
+) -> Float[Array, "... o"]:
+    """`x @ kernel`, the layouts of its gradient chosen.
 
     Left to itself, XLA's CPU compiler wants the gradient by the output transposed, and computes
     whatever elementwise function comes before it in that order, ten times slower. A barrier keeps
-    the two apart.
+    the two apart. And where `tensor` splits both what came in and what the output became, each
+    device would compute the gradient by the whole kernel: the output's is brought together first.
+
+    Args:
+      x, kernel: the factors.
+      split: which axis of the kernel `tensor` splits (`Linear`).
     """
     return x @ kernel
 
 
-def _matmul_forward(x, kernel):
+def _matmul_forward(x, kernel, split):
     return x @ kernel, (x, kernel)
 
 
-def _matmul_backward(kept, grad):
+def _matmul_backward(split, kept, grad):
     x, kernel = kept
     if sharding.platform() == "cpu":
         grad = jax.lax.optimization_barrier(grad)
+    if split == "in":
+        grad = sharding.constrain(grad, "rows", ...)
     rows, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     return grad @ kernel.T, jnp.einsum("ti,to->io", rows, out)
 
