@@ -200,12 +200,15 @@ class Program:
 
     def _inside(self, name: str, cost: Cost) -> None:
         """Products and collectives inside a fusion."""
+        started = any("AsyncCollectiveStart" in i.attributes for i in self._computations[name])
         for i in self._computations[name]:
             if i.op in ("dot", "convolution"):
                 cost.products += self._product(name, i)
             elif i.op == "fusion":
                 self._inside(self._called(i)[0], cost)
             elif i.op.removesuffix("-start") in _COLLECTIVES:
+                if "chain_id" in i.attributes and not started:
+                    continue  # it is under way beside this fusion's product
                 kind = i.op.removesuffix("-start")
                 sent = self._sent(name, kind, i)
                 # Fused with the slice that is kept of it, a sum over all is a reduce-scatter.
