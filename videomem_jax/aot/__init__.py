@@ -115,6 +115,7 @@ def measure(
     memory = compiled.memory_analysis()
     made.arguments, made.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     made.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    made.program = memory.generated_code_size_in_bytes
     program = costs.Program(compiled.as_text(), _completion(s))
     if target.count > 1:
         made.whole = whole.held(program.arrays(), s, config, target.count)

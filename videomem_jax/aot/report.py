@@ -37,6 +37,7 @@ class Measured:
     arguments: float | None = None
     temporaries: float | None = None
     outputs: float | None = None
+    program: float | None = None
     by_hand: float | None = None
     bytes: float | None = None
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -49,7 +50,7 @@ class Measured:
     @property
     def total(self) -> float | None:
         """Memory that the step needs; outputs are those in places of their own."""
-        parts = (self.arguments, self.temporaries, self.outputs)
+        parts = (self.arguments, self.temporaries, self.outputs, self.program)
         return None if None in parts else sum(parts)
 
     @property
@@ -114,6 +115,7 @@ def table(target: Target, found: list[Measured]) -> str:
     row("arguments, GB", lambda m: number(m.arguments, gb, ".2f"))
     row("temporaries, GB", lambda m: number(m.temporaries, gb, ".2f"))
     row("outputs not in place, GB", lambda m: number(m.outputs, gb, ".2f"))
+    row("the program itself, GB", lambda m: number(m.program, gb, ".2f"))
     row("total, GB", lambda m: number(m.total, gb, ".2f"))
     row(f"fits into {capacity} GB", lambda m: "yes" if m.fits(chip) else "NO")
     row("operations, T", lambda m: number(m.operations, 1e12, ".2f"))
