@@ -88,9 +88,7 @@ def temporaries(target: chips.Target) -> None:
 
 def scaling() -> None:
     """Fixed work a chip: an example a chip."""
-    print(
-        "Read off compiled programs; a forecast is the longest of what bounds it (videomem_jax.aot)."
-    )
+    print("Read off compiled programs; a forecast is the longest of what bounds a step.")
     print("chips  step     forecast, s  sent, GB  utilisation")
     for text in SCALING:
         target = chips.parse(text)
