@@ -48,6 +48,7 @@ def check(
     target = chips.parse(text)
     s = cfg.for_devices(s, target.count)
     mesh = sharding.make_mesh(s.mesh, chips.devices(target))
+    s = dataclasses.replace(s, mesh=cfg.Mesh(*mesh.devices.shape))
     batches = {"coldstart__batch": s.coldstart.batch, "prpo__batch": s.prpo.batch}
     sharding.check_batch(mesh, eval__batch=s.eval.batch, **batches)
     config = programs.architecture(s)
@@ -117,7 +118,7 @@ def measure(
     made.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     made.program = memory.generated_code_size_in_bytes
     program = costs.Program(compiled.as_text(), _completion(s))
-    if target.count > 1:
+    if s.mesh.fsdp * s.mesh.tensor > 1:  # else each chip is to have a copy of its own
         made.whole = whole.held(program.arrays(), s, config, target.count)
     if target.chip.kind == "gpu":  # its products are calls to libraries: operations by hand
         return made
