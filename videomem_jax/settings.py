@@ -137,8 +137,7 @@ class PRPO:
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
     tcr: bool = True  # reward every step; off: the answer counts after the last clip only
-    # An answer counts from the clip on that shows its evidence, where a record tells (`evidence`).
-    evidence: bool = False
+    evidence: bool = False  # answers count once a record's `evidence` has been shown, not before
     discount: float = 1.0  # worth of a right answer for each clip that is still to come
     penalty: bool = True  # memory tokens beyond the budget cost
     # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" only
