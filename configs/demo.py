@@ -50,11 +50,11 @@ def get_config():
     # First it has to find what is worth keeping, then what is not: with the whole cost from the
     # start, memories shrank to two cards in 20 steps, before any answer had become better.
     config.prpo.beta = 0.03
-    config.prpo.beta_warmup = 250
+    config.prpo.beta_warmup = 100
     config.prpo.entropy_coef = 0.005
     # Advantages are differences of rewards: lower than for those divided by their deviation.
     config.prpo.tau_0 = 0.5
-    config.prpo.optimizer.learning_rate = 6e-4
+    config.prpo.optimizer.learning_rate = 1e-3
     config.eval.batch = 32
     config.checkpoints.every = 25
     return config

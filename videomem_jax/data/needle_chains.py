@@ -32,9 +32,10 @@ def memory_text(cards: Iterable[CardFacts]) -> str:
     return " ".join(f"{card['colour']} {card['picture']}" for card in cards)
 
 
-# What a chain prefers to keep: any card, the first ones, the last ones, those of one colour.
+# What a chain prefers to keep: any card, the first ones, the last ones, those of one colour, or
+# some card and the next ones.
 UNTAUGHT = 0.75  # share of the answers that no memory supports
-HABITS = ("any", "first", "last", "colour")
+HABITS = ("any", "first", "last", "colour", "next")
 
 
 def chain(
@@ -83,6 +84,9 @@ def _order(rng: np.random.Generator, cards: Sequence[CardFacts]) -> list[float]:
         return list(place)
     if habit == "last":
         return list(-place)
+    if habit == "next":
+        begin = int(rng.integers(len(cards)))
+        return list((place - begin) % len(cards))
     order = rng.random(len(cards))
     if habit == "colour":
         colour = rng.choice([card["colour"] for card in cards])
