@@ -67,8 +67,8 @@ TOWER_STEPS, TOWER_PAIRS = 1500, 384
 # Then the decoder, in courses: a share of the peak learning rates, and parts. It learns captions of
 # two frames far sooner than those of a clip. The tower is left as it is: trained on, it had
 # forgotten half of the digits after 700 steps.
-# Once clips are known, mostly texts: up to 43% of the replies on what came after a card, and 30% of
-# those on how many there were, were still wrong.
+# Once clips are known, mostly texts: look-ups are learnt soon, but after two courses 20% of the
+# replies "Continue and answer." on what came after a card were still wrong; after three, 2%.
 COURSES = (
     (1.0, (Part(300, "pair", 64, 12, 32), Part(1300, "clip", 30, 10, 12))),
     (0.6, (Part(900, "clip", 12, 16, 32),)),
