@@ -100,7 +100,9 @@ def test_a_judge_that_fails_teaches_nothing(train, finished):
     """It answers when the run begins, and never again: the model stays as it was, bit for bit."""
     with serving(lambda body, _: FINE if "sky" in asked(body) else Raw(500)) as server:
         workdir, rows = train(
-            **{"prpo.reward": "judge", "judge.url": server.url, "data.train": "open.jsonl"}
+            # Where an answer does not count yet, the format's reward is known all the same.
+            **{"prpo.reward": "judge", "judge.url": server.url, "data.train": "open.jsonl"},
+            **{"prpo.evidence": False},
         )
     assert {row["no_verdict"] for row in rows} <= {0.0, 1.0} and rows[0]["no_verdict"] == 1
     assert all(row["loss"] == 0 and row["reward/answer"] == 0 for row in rows)

@@ -41,6 +41,7 @@ class Question:
     groups: Groups = dataclasses.field(default_factory=dict)
     start: float | None = None
     end: float | None = None
+    evidence: None = None
     duration: None = None
     memories: None = None
 
