@@ -62,7 +62,7 @@ class Tells:
         if record.id in self.bad:
             raise VideoError(f"{record.video}: cannot be read.")
         row = np.int32(index)
-        return Batch(*[np.full((2,), index, np.int32)] * 3, row, row, row, np.bool_(True))
+        return Batch(*[np.full((2,), index, np.int32)] * 3, *[row] * 4, np.bool_(True))
 
     def blank(self):
         return self(0, ask("blank.mp4", "blank"))._replace(real=np.bool_(False))

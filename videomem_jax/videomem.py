@@ -183,6 +183,7 @@ class VideoMem:
         options: Sequence[str] | None = None,
         segments: int | str | None = None,
         frames: int | None = None,
+        snap: float = asking.SNAP,
     ) -> Answer:
         """Reads a video for a question and answers it.
 
@@ -193,11 +194,13 @@ class VideoMem:
           segments: into how many parts the video is cut, or "auto" (`asking.plan`); by default as
             in the model's training, 4 for a Qwen3-VL.
           frames: read of each segment; by default as in training, 32 for a Qwen3-VL.
+          snap: share of the distance between frames by which each may move to a keyframe
+            (`asking.plan`); 0 reads what training and benchmarks read.
 
         Raises:
           VideoError, RecordError, PromptError, ConfigError: one sentence on what cannot be used.
         """
-        read = tuple(self.read(video, question, options, segments, frames))
+        read = tuple(self.read(video, question, options, segments, frames, snap=snap))
         return Answer(os.fspath(video), question, tuple(options or ()), read)
 
     def read(
@@ -209,10 +212,11 @@ class VideoMem:
         frames: int | None = None,
         start: float | None = None,
         end: float | None = None,
+        snap: float = asking.SNAP,
     ) -> Iterator[Segment]:
         """As `ask`, but gives each segment as soon as it is read; maybe of a part."""
         options = asking.check_question(question, options)
-        times = asking.plan(video, self.settings, segments, frames, start, end)
+        times = asking.plan(video, self.settings, segments, frames, start, end, snap)
         info = asking.decoder_of(self.settings).probe(video)
         size = frame_size(video, self.settings.prompt.max_pixels, info)
         choices = self._choices(options)
