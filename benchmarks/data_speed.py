@@ -57,7 +57,7 @@ def needed(s: cfg.Settings, chip: str) -> float:
     # it may be short.
     prompt = sizes.frames // 2 * sizes.max_pixels // 1024
     tokens = batch * sizes.segments * prompt * s.paths
-    operations = parameters * tokens * (2 + 6 + 2 * s.model.remat)
+    operations = parameters * tokens * (2 + 6 + 2 * (s.model.remat != "none"))
     seconds = operations / (PEAK[chip] * s.devices)
     return batch / seconds / (s.devices / CHIPS)
 
