@@ -12,10 +12,11 @@ from flax import nnx
 
 from videomem_jax import memory, prpo, sharding
 from videomem_jax import settings as cfg
+from videomem_jax.accumulation import micro_batches
 from videomem_jax.batch import Chain
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.models.vision import VisionFeatures
-from videomem_jax.trainer import Trainer, micro_batches, optimizer
+from videomem_jax.trainer import Trainer, optimizer
 
 EXAMPLES, SEGMENTS, SLOTS, GROUP = 8, 2, 4, 4
 ONE, EIGHT, MIXED = (1, 1, 1), (8, 1, 1), (2, 2, 2)

@@ -78,6 +78,8 @@ def test_reads_what_was_written(tmp_path):
         ({"start": True}, "wrong type", "'start' must be a number"),
         ({"start": -1}, "times", "'start' must be finite and not negative"),
         ({"duration": float("nan")}, "times", "'duration' must be finite"),
+        ({"evidence": "soon"}, "wrong type", "'evidence' must be a number of seconds"),
+        ({"evidence": -0.5}, "times", "'evidence' must be finite and not negative"),
         ({"start": 4, "end": 4.0}, "times", "found start 4 s and end 4.0 s"),
         ({"end": 0}, "times", "'start' must be before 'end'"),
         ({"memories": ["x"], "answers": ["A", "B"]}, "chain", "found 2 answers and 1 memories"),

@@ -2,8 +2,9 @@
 
 A memory is the text of some cards in the order in which they were shown, such as
 "red cat blue star"; it is empty where nothing is remembered. Chains are honest (a memory holds
-only what the clips so far showed, and the answer is what that memory supports, or option A) but do
-not look at the question: which cards to keep is left for reinforcement learning to find.
+only what the clips so far showed, and the answer is what that memory supports; where it supports
+none, option A or nothing) but do not look at the question: which cards to keep is left for
+reinforcement learning to find.
 """
 
 import dataclasses
