@@ -1,5 +1,5 @@
 # make demo   the main job: data from a real film, cold start, PRPO, evaluation, report
-# make test   all tests
+# make test   the tests that are quick (make test-slow: the others)
 # make test-lmms  lmms-eval on a folder of the tests (installs it: 3 GB and more)
 # make base   trains the demo's base model anew (its weights are shipped)
 # make aot    compiles the large configurations for TPU slices and GPU nodes, which need not be here,
@@ -11,14 +11,17 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 ARGS ?=
 
-.PHONY: demo test test-lmms lint base clean aot aot-tpu aot-gpu aot-chip
+.PHONY: demo test test-slow test-lmms lint base clean aot aot-tpu aot-gpu aot-chip
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 	$(RUN) eval.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(RUN) -m pytest -m slow
 
 test-lmms: $(VENV)-lmms/installed
 	$(VENV)-lmms/bin/python -m pytest tests/test_lmms_plugin.py

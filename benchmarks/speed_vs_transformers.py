@@ -109,7 +109,7 @@ def make_batch(tokenizer: Tokenizer, size: Size, slots: int) -> Batch:
         clip=Clip(rng.integers(0, 256, shape).astype(np.uint8), repeat(places), repeat(size.grid)),
         chain=Chain(np.zeros((1, size.segments, slots), np.int32), none, none),
         gold=np.zeros(1, np.int32),
-        known_from=np.zeros(1, np.int32),
+        so_far=np.zeros((1, size.segments), np.int32),
         choices=np.array(tokenizer.ids.letters[:4], np.int32)[None, :, None],
         record=np.zeros(1, np.int32),
         real=np.ones(1, bool),

@@ -45,12 +45,13 @@ def get_config():
     # So small a model still slips out of the format, the oftener the more it writes: what it
     # remembers must be worth more than that, and its entropy must last until it has found out.
     config.prpo.alpha = 2.0
-    # The last card of a film, or how many of a colour there are, can't be known early.
+    # The last card of a film, or how many of a colour there are, can't be known early: to tell it
+    # all the same is to guess, while counting those so far asks to keep them.
     config.prpo.evidence = True
     # First it has to find what is worth keeping, then what is not: with the whole cost from the
     # start, memories shrank to two cards in 20 steps, before any answer had become better.
     config.prpo.beta = 0.03
-    config.prpo.beta_warmup = 100
+    config.prpo.beta_warmup = 150
     config.prpo.entropy_coef = 0.005
     # Advantages are differences of rewards: lower than for those divided by their deviation.
     config.prpo.tau_0 = 0.5

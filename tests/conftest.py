@@ -211,7 +211,7 @@ def batch_of(tokenizer, clip_of):
                 answer=np.full((b, t), -1, np.int32),
             ),
             gold=(np.arange(b) % 2).astype(np.int32),
-            known_from=np.zeros(b, np.int32),
+            so_far=np.zeros((b, t), np.int32),
             choices=choices,
             record=np.arange(b, dtype=np.int32),
             real=np.ones(b, bool),

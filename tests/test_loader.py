@@ -67,7 +67,7 @@ def test_a_row_has_the_shapes_of_the_contract(tokenizer, film):
         clip=Clip(((t, FRAMES // 2, q, 1536), u), ((t, q, 2), i), ((t, 2), i)),
         chain=Chain(((t, SLOTS), i), ((t,), i), ((t,), i)),
         gold=((), i),
-        known_from=((), i),
+        so_far=((t,), i),
         choices=((10, 1), i),
         record=((), i),
         real=((), b),
@@ -97,18 +97,30 @@ def test_a_row_says_what_the_record_says(tokenizer, film):
     np.testing.assert_array_equal(row.chain.answer, [-1] * SEGMENTS)
 
 
-def test_from_which_clip_on_an_answer_can_be_known(tokenizer, film):
-    """The first one whose frames reach the evidence; the last where none does."""
+def test_what_is_right_so_far(tokenizer, film):
+    """By what the frames of a clip reach; after the last one the answer, whatever they reach."""
     loader = pipeline.Loader(tokenizer, sizes(), SEGMENTS)
     ends = loader.times(film[0])[:, -1]
-    expected = {None: 0, 0.0: 0, ends[0]: 0, ends[0] + 0.1: 1, ends[-1]: 3, 1e6: 3}
-    for evidence, segment in expected.items():
-        record = dataclasses.replace(film[0], evidence=evidence)
-        assert loader(0, record).known_from == segment, evidence
+    closed = dataclasses.replace(film[0], options=("a", "b", "c"), answer="C", evidence=None)
+    spoken = dataclasses.replace(closed, options=(), answer="a cat")
+    expected = [
+        (closed, None, [2, 2, 2, 2]),
+        (closed, ((0.0, "C"),), [2, 2, 2, 2]),
+        (closed, ((ends[0], "B"), (ends[0] + 0.1, "C")), [1, 2, 2, 2]),
+        (closed, ((0.0, "A"), (ends[1], ""), (ends[2], "C")), [0, -1, 2, 2]),
+        (closed, ((1e6, "C"),), [-1, -1, -1, 2]),
+        (spoken, None, [0, 0, 0, 0]),
+        (spoken, ((0.0, "a dog"), (ends[1], "a cat")), [-1, 0, 0, 0]),
+    ]
+    for record, evidence, right in expected:
+        record = dataclasses.replace(record, evidence=evidence)
+        np.testing.assert_array_equal(loader(0, record).so_far, right, str(evidence))
     # The task's clips are named by their records.
     for row, record in enumerate(film[:4]):
-        assert loader(row, record).known_from == record.meta["needle_segment"]
-    assert loader.blank().known_from == 0
+        found = loader(row, record)
+        known = np.arange(SEGMENTS) >= record.meta["needle_segment"]
+        np.testing.assert_array_equal((found.so_far == found.gold)[known], True)
+    np.testing.assert_array_equal(loader.blank().so_far, [-1] * SEGMENTS)
 
 
 def test_chains(tokenizer, film):

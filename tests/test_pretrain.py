@@ -81,6 +81,36 @@ def test_exchanges_are_true():
     assert {tasks.DESCRIBE, tasks.CONTINUE, tasks.ANSWER, tasks.NAME} < set(seen)
 
 
+def pointed_at(question, cards):
+    """The cards that a question is about, by looking through all of them."""
+    words = question.rstrip("?").split()
+    if "came first" in question or "came last" in question:
+        return [card for card in cards if card == cards[0 if words[-1] == "first" else -1]]
+    if "came right after" in question:
+        pairs = itertools.zip_longest(cards, cards[1:])
+        return next(([a, b] if b else [a] for a, b in pairs if a[1] == words[-1]), [])
+    return [card for card in cards if card[0] in words]
+
+
+def test_what_a_question_is_about_is_pointed_at():
+    rng, seen = np.random.default_rng(3), collections.Counter()
+    for _ in range(1000):
+        shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
+        for task, there in ((tasks.with_clip(rng, shown, 1.0), shown), (None, [])):
+            task = task or tasks.without_clip(rng, 1.0)
+            if not task.question:  # an empty clip without notes is described
+                continue
+            notes = task.tail.removesuffix(tasks.NAME).removeprefix("Notes:").strip()
+            found = read(task.reply)
+            assert found == pointed_at(task.question, [*read(notes), *there])
+            assert not task.answer and len(task.options) in (0, 4)
+            seen[len(found)] += 1
+    assert {0, 1, 2, 3, 4} <= set(seen)
+    rng, same = np.random.default_rng(4), np.random.default_rng(4)
+    for _ in range(50):  # nothing is pointed at unasked, and no other draw is another one then
+        assert tasks.without_clip(rng) == tasks.without_clip(same, 0.0)
+
+
 def test_talks_are_true():
     rng = np.random.default_rng(1)
     for _ in range(300):
@@ -221,10 +251,10 @@ def test_every_exchange_fits(base_tokenizer):
         pretrain.encode(base_tokenizer, tasks.without_clip(rng), np.zeros(0), pretrain.TEXT_PREFIX)
         shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
         times = np.arange(pretrain.FRAMES["clip"]) * 2.0 + 3 * i
-        row = pretrain.encode(
-            base_tokenizer, tasks.with_clip(rng, shown), times, pretrain.CLIP_PREFIX
-        )
-        assert row["length"] <= pretrain.REPLY
+        for pointed in (0.0, 1.0):
+            task = tasks.with_clip(rng, shown, pointed)
+            row = pretrain.encode(base_tokenizer, task, times, pretrain.CLIP_PREFIX)
+            assert row["length"] <= pretrain.REPLY
 
 
 def test_what_is_learnt_of_a_talk(base_tokenizer):

@@ -45,27 +45,25 @@ def test_a_group_each():
     np.testing.assert_array_equal(got.total, [[1, 2, 0], [2, 2, 1]])
 
 
-# (clips left, clips until it can be known, tcr, discount, evidence), and what an answer is worth.
+# (clips left, the right option, tcr, discount), and what an answer is worth.
 WORTH = [
-    ((0, 0, True, 0.5, False), 1.0),
-    ((3, 0, True, 0.5, False), 0.125),
-    ((3, 0, True, 1.0, False), 1.0),
-    ((1, 0, True, 0.0, False), 0.0),
-    ((0, 0, True, 0.0, False), 1.0),
-    ((1, 0, False, 0.5, False), 0.0),
-    ((0, 0, False, 0.5, False), 1.0),
-    ((3, 1, True, 1.0, False), 1.0),
-    ((3, 1, True, 1.0, True), 0.0),
-    ((2, 0, True, 1.0, True), 1.0),
-    ((1, -1, True, 0.5, True), 0.5),
-    ((0, -3, False, 1.0, True), 1.0),
+    ((0, 1, True, 0.5), 1.0),
+    ((3, 1, True, 0.5), 0.125),
+    ((3, 1, True, 1.0), 1.0),
+    ((1, 1, True, 0.0), 0.0),
+    ((0, 1, True, 0.0), 1.0),
+    ((1, 1, False, 0.5), 0.0),
+    ((0, 1, False, 0.5), 1.0),
+    ((3, -1, True, 1.0), 0.0),
+    ((0, -1, True, 1.0), 0.0),
+    ((1, 0, True, 0.5), 0.5),
 ]
 
 
 @pytest.mark.parametrize("how, worth", WORTH)
 def test_early_answers_are_worth_less_or_nothing(how, worth):
-    left, early, tcr, discount, evidence = how
-    switches = {"tcr": tcr, "discount": discount, "evidence": evidence}
+    left, right, tcr, discount = how
+    worth_of = rewards.answer_worth(jnp.array(left), jnp.array([right]), tcr=tcr, discount=discount)
     got = cascading_reward(
         jnp.array([1, 0]),
         jnp.array([1, 1]),
@@ -74,7 +72,7 @@ def test_early_answers_are_worth_less_or_nothing(how, worth):
         alpha=1.0,
         beta=0.5,
         budget=5,
-        worth=rewards.answer_worth(jnp.array(left), jnp.array([early]), **switches),
+        worth=worth_of,
     )
     np.testing.assert_array_equal(got.answer, [worth, 0])
     np.testing.assert_array_equal(got.form + got.length, [1, 0])

@@ -139,12 +139,16 @@ def assert_same(a, b):
 
 def test_what_an_answer_is_worth_and_a_token_costs(trainer_of, batch):
     """By each example's evidence, and by the update."""
-    known_from = np.arange(EXAMPLES, dtype=np.int32) % SEGMENTS
+    so_far = np.arange(EXAMPLES * SEGMENTS, dtype=np.int32).reshape(EXAMPLES, SEGMENTS) % 3 - 1
     trainer = trainer_of(settings=with_prpo(evidence=True, discount=0.5, beta=0.4, beta_warmup=4))
     for segment in range(SEGMENTS):
-        worth = trainer.worth(batch._replace(known_from=known_from), jnp.int32(segment))
+        goal = trainer.goal(batch._replace(so_far=so_far), jnp.int32(segment))
         early = 0.5 ** (SEGMENTS - 1 - segment)
-        np.testing.assert_array_equal(worth, np.where(known_from <= segment, early, 0.0))
+        np.testing.assert_array_equal(goal.answer, so_far[:, segment])
+        np.testing.assert_array_equal(goal.worth, np.where(so_far[:, segment] >= 0, early, 0.0))
+    paper = trainer_of().goal(batch._replace(so_far=so_far), jnp.int32(0))
+    np.testing.assert_array_equal(paper.answer, batch.gold)
+    np.testing.assert_array_equal(paper.worth, np.where(batch.gold >= 0, 1.0, 0.0))
     costs = [float(trainer.beta(jnp.int32(step))) for step in (0, 1, 3, 4, 100)]
     np.testing.assert_allclose(costs, [0.1, 0.2, 0.4, 0.4, 0.4], rtol=1e-6)
     assert float(trainer_of().beta(jnp.int32(0))) == pytest.approx(BASE.prpo.beta)

@@ -59,7 +59,9 @@ class Batch(NamedTuple):
     """b examples of t segments.
 
     gold: index of the right option.
-    known_from: the first segment after which the answer can be known; 0 where nobody says.
+    so_far: index of the option that is right by what was shown up to each segment's end, -1 where
+      none is; where nobody says, that of the right option (0 for what is right of an open-ended
+      question).
     choices: ids of what may be answered for each option (its letter, or its text), padded with -1.
     record: the record's row in its data set.
     real: False for rows that only fill the batch up.
@@ -69,7 +71,7 @@ class Batch(NamedTuple):
     clip: Clip
     chain: Chain
     gold: Int32[Array, " b"]
-    known_from: Int32[Array, " b"]
+    so_far: Int32[Array, "b t"]
     choices: Int32[Array, "b o a"]
     record: Int32[Array, " b"]
     real: Bool[Array, " b"]

@@ -180,8 +180,8 @@ class JudgedRollout:
         answer = jnp.where(is_open[:, None], judged_right, parsed.answer)
         gold = jnp.where(is_open, 0, batch.gold)
         known = ~is_open[:, None] | (verdicts != FAILED)
-        worth = self._trainer.worth(batch, segment)
-        chosen, judged = self._trainer.judge(parsed, answer, gold, known, worth, key, step)
+        goal = self._trainer.goal(batch._replace(gold=gold), segment)
+        chosen, judged = self._trainer.judge(parsed, answer, gold, known, goal, key, step)
         return mem.hand_on(memory, parsed, chosen), judged
 
     def _gathered(self, batch: Batch, features, steps, step):

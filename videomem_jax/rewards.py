@@ -56,29 +56,20 @@ def cascading_reward(
 
 
 def answer_worth(
-    left: Int[Array, ""],
-    early: Int[Array, " b"],
-    *,
-    tcr: bool,
-    discount: float = 1.0,
-    evidence: bool = False,
+    left: Int[Array, ""], right: Int[Array, " b"], *, tcr: bool, discount: float = 1.0
 ) -> Float[Array, " b"]:
     """w = discount^left with the cascading reward; without it, only the last answer counts.
 
-    The paper has neither discount (1) nor evidence. But the answer that is right after the whole
-    video may be wrong by what was shown so far (of the last card, or the number of cards), and then
-    an early reward asks for anything but what the memory says. With `evidence` an answer counts
-    from the clip on after which it can be known.
+    The paper has no discount (1). Where no answer is right yet, none is worth anything.
 
     Args:
       left: clips that come after this one.
-      early: clips after this one until the answer can be known; 0 or less if it can be.
+      right: index of the option that is right, -1 for none.
       tcr: whether the reward is cascading.
       discount: of an answer for each clip that is left.
-      evidence: whether answers that cannot be known are worth nothing.
     """
     worth = jnp.asarray(discount if tcr else 0.0, jnp.float32) ** left
-    return jnp.where((early > 0) & evidence, 0.0, worth)
+    return jnp.where(right >= 0, worth, 0.0)
 
 
 class Judged(NamedTuple):
@@ -86,7 +77,8 @@ class Judged(NamedTuple):
 
     answer, form, length: parts of the reward.
     right: whether the answer is.
-    known: False where nobody could say so; the reward is then unknown too.
+    known: False where nobody could say so.
+    rewarded: False where the reward is then unknown too.
     advantages: over the group.
     """
 
@@ -95,6 +87,7 @@ class Judged(NamedTuple):
     length: Float[Array, "*t b g"]
     right: Bool[Array, "*t b g"]
     known: Bool[Array, "*t b g"]
+    rewarded: Bool[Array, "*t b g"]
     advantages: Float[Array, "*t b g"]
 
 

@@ -142,7 +142,9 @@ def _make_needle(s: settings.Settings) -> None:
     d, t = s.data, s.prompt.segments
     try:
         splits = {
-            "train": needle.SplitSpec(d.train_videos, 6, t, "train", seed=1),
+            "train": needle.SplitSpec(
+                d.train_videos, 4, t, "train", seed=1, shares=needle.TRAIN_SHARES
+            ),
             "test": needle.SplitSpec(d.test_videos, 4, t, "test", seed=3),
         }
         if d.test_long:

@@ -67,7 +67,7 @@ class Data:
     time_limit: float = 60.0  # seconds that decoding a record's video may take
     decoder_mb: int = 4096  # memory that it may take
     allow_outside: bool = False  # let records name files outside their folder
-    train_videos: int = 400  # needle: videos to generate, with 6 questions each
+    train_videos: int = 600  # needle: videos to generate, with 4 questions each
     test_videos: int = 125  # needle: with 4 questions each
     long_videos: int = 100  # needle: of `eval.long_segments` clips, with 4 questions each
     chain_cards: int = 4  # needle: cards in a memory of the cold start's chains
@@ -137,7 +137,7 @@ class PRPO:
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
     tcr: bool = True  # reward every step; off: the answer counts after the last clip only
-    evidence: bool = False  # answers count once a record's `evidence` has been shown, not before
+    evidence: bool = False  # the answer rewarded is that of a record's `evidence` so far
     discount: float = 1.0  # worth of a right answer for each clip that is still to come
     penalty: bool = True  # memory tokens beyond the budget cost
     # An open-ended answer is right by "exact" match or by the LLM of `judge`. With "choices" only

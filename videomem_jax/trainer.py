@@ -38,6 +38,13 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
+class Goal(NamedTuple):
+    """The answer that is rewarded after a segment, by its index, and what it is worth."""
+
+    answer: Int[Array, " b"]
+    worth: Float[Array, " b"]
+
+
 class Rows(NamedTuple):
     """Completions as the update sees them: segment, then prompts n = b*k, each with r completions.
 
@@ -181,8 +188,8 @@ class Trainer:
         features = mem.see(model, batch.clip)
 
         def choose(parsed: Parsed, segment, key):
-            worth = self.worth(batch, segment)
-            return self.judge(parsed, parsed.answer, batch.gold, None, worth, key, step)
+            goal = self.goal(batch, segment)
+            return self.judge(parsed, parsed.answer, batch.gold, None, goal, key, step)
 
         steps = mem.loop(model, self.form, batch, features, key, self.sampling, choose)
         return self.rows(batch, features, steps), self.rollout_metrics(batch, steps, step)
@@ -193,12 +200,17 @@ class Trainer:
         p = self.settings.prpo
         return mem.Sampling(p.group_size, self.settings.paths, p.temperature, greedy=False)
 
-    def worth(self, batch: Batch, segment: Int[Array, ""]) -> Float[Array, " b"]:
-        """What an answer after a segment is worth."""
+    def goal(self, batch: Batch, segment: Int[Array, ""]) -> Goal:
+        """Which answer after a segment is rewarded, and its worth.
+
+        In the paper it is the right one of the whole video. By what was shown so far it may be
+        wrong (of the last card, or the number of cards), and then the reward asks for anything but
+        what the memory says. With `prpo.evidence` it is the one that is right so far.
+        """
         p, left = self.settings.prpo, batch.prefix.next_position.shape[1] - 1 - segment
-        early = batch.known_from - segment
-        how = {"tcr": p.tcr, "discount": p.discount, "evidence": p.evidence}
-        return rewards.answer_worth(left, early, **how)
+        right = batch.so_far[:, segment] if p.evidence else batch.gold
+        worth = rewards.answer_worth(left, right, tcr=p.tcr, discount=p.discount)
+        return Goal(right, worth)
 
     def judge(
         self,
@@ -206,7 +218,7 @@ class Trainer:
         answer: Int[Array, "b g"],
         gold: Int[Array, " b"],
         known: Bool[Array, "b g"] | None,
-        worth: Float[Array, " b"],
+        goal: Goal,
         key: jax.Array,
         step: Int[Array, ""],
     ) -> tuple[Int[Array, "b k"], Judged]:
@@ -217,29 +229,29 @@ class Trainer:
           answer: their answers by index, right where it is `gold`.
           gold: of each example.
           known: False where nobody could say whether the answer is right; None if all are known.
-          worth: of an answer at this segment.
+          goal: of this segment.
           key: of the draw.
           step: of the phase, which anneals the draw.
         """
         p = self.settings.prpo
-        gold = jnp.broadcast_to(gold[:, None], answer.shape)
         reward = cascading_reward(
             answer,
-            gold,
+            jnp.broadcast_to(goal.answer[:, None], answer.shape),
             parsed.well_formed,
             parsed.length,
             alpha=p.alpha,
             beta=self.beta(step) if p.penalty else 0.0,
             budget=self.settings.memory.budget,
-            worth=worth[:, None],
+            worth=goal.worth[:, None],
         )
-        has_reward = None if known is None else known | (worth == 0)[:, None]
-        advantages = prpo.group_advantages(reward.total, p.adv_norm, has_reward)
+        rewarded = None if known is None else known | (goal.worth == 0)[:, None]
+        advantages = prpo.group_advantages(reward.total, p.adv_norm, rewarded)
         paths, tau = self.settings.paths, self.tau(step)
         chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, paths)
-        known = jnp.ones(answer.shape, bool) if known is None else known
-        right = (answer == gold) & known
-        return chosen, Judged(*reward, right, known, advantages)
+        if known is None:
+            known = rewarded = jnp.ones(answer.shape, bool)
+        right = (answer == gold[:, None]) & known
+        return chosen, Judged(*reward, right, known, rewarded, advantages)
 
     def rows(self, batch: Batch, features: VisionFeatures, steps: mem.Steps) -> Rows:
         """A rollout's completions as the update sees them."""
@@ -249,10 +261,7 @@ class Trainer:
         by_segment = lambda a: jnp.repeat(jnp.moveaxis(a, 1, 0), k, axis=1)  # noqa: E731
         done = steps.completions
         real = jnp.repeat(batch.real, k)[None, :, None, None]
-        counted = steps.extra.known
-        if not p.tcr:  # before the last segment nobody's answer counts
-            counted = counted | (jnp.arange(counted.shape[0]) < counted.shape[0] - 1)[:, None, None]
-        counted = prpo.credit(counted, tcr=p.tcr, paths=k)
+        counted = prpo.credit(steps.extra.rewarded, tcr=p.tcr, paths=k)
         mask = done.mask & real & by_row(counted)[..., None]
         return Rows(
             prefix=jax.tree.map(by_segment, batch.prefix),

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from videomem_jax.data import needle, needle_video, records, video
+from videomem_jax.data import needle, needle_chains, needle_video, records, video
 from videomem_jax.data.needle import NeedleError, SplitSpec
 
 SPLITS = {
@@ -176,7 +176,7 @@ def test_shares_and_letters_are_balanced(demo):
         by_kind = defaultdict(Counter)
         for record in made:
             by_kind[record.category][record.answer] += 1
-        for kind, share in {"colour": 8, "first": 3, "last": 3, "after": 3, "count": 3}.items():
+        for kind, share in zip(needle.KINDS, spec.shares, strict=True):
             assert abs(by_kind[kind].total() - share / 20 * total) <= 1
             assert set(by_kind[kind]) == set("ABCD")
             assert max(by_kind[kind].values()) - min(by_kind[kind].values()) <= 1
@@ -209,7 +209,16 @@ def test_questions_have_one_right_answer(demo):
         assert record.options["ABCD".index(record.answer)] == answer
         assert record.meta["needle_segment"] == segment
         times = [c["time"] for c in record.meta["cards"] if c["segment"] == segment]
-        assert record.evidence in times
+        assert record.evidence[-1][0] in times
+        # What is right so far is what a memory of all cards shown so far supports.
+        shown = record.meta["cards"]
+        for number in range(len(shown) + 1):
+            now = shown[number - 1]["time"] if number else -1.0
+            so_far = [letter for time, letter in record.evidence if time <= now]
+            supported = needle_chains.supported_answer(record, shown[:number])
+            known = supported in record.options
+            letter = "ABCD"[record.options.index(supported)] if known else ""
+            assert (so_far[-1] if so_far else "") == letter
         assert record.meta["about"] == about
         if record.category == "count":
             assert record.options == ("1", "2", "3", "4")
@@ -309,6 +318,9 @@ def test_folder_that_cannot_be_made(tmp_path):
         ({"questions_per_video": 7}, "1 to 6 questions"),
         ({"segments": 3}, "4 to 10 segments"),
         ({"segments": 11}, "4 to 10 segments"),
+        ({"shares": (8, 3, 3, 3)}, "5 numbers that add up to 20"),
+        ({"shares": (8, 3, 3, 3, 4)}, "5 numbers that add up to 20"),
+        ({"shares": (5, 2, 3, 5, 5), "questions_per_video": 5}, "all but the first at most 4"),
         ({"part": "dev"}, "'part' must be train, val or test, found 'dev'"),
     ],
 )

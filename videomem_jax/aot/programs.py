@@ -120,7 +120,7 @@ def batch(s: cfg.Settings, config: Qwen3VLConfig, b: int) -> Batch:
             answer=shape(whole, b, t),
         ),
         gold=shape(whole, b),
-        known_from=shape(whole, b),
+        so_far=shape(whole, b, t),
         choices=shape(whole, b, s.prompt.options, s.prompt.answer_tokens),
         record=shape(whole, b),
         real=shape(bool, b),

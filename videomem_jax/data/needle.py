@@ -33,9 +33,12 @@ from videomem_jax.data import needle_video, records
 from videomem_jax.data.needle_video import Card
 
 # Goes into the spec file; change it when the same spec gives other videos or questions.
-_VERSION = 2
-# Shares of the kinds of questions in twentieths, in the order in which they are dealt.
-_KINDS = {"colour": 8, "first": 3, "last": 3, "after": 3, "count": 3}
+_VERSION = 3
+# Kinds of questions, in the order in which they are dealt.
+KINDS = ("colour", "first", "last", "after", "count")
+# What was on a card of a colour, the first and the last card are soon learnt: then groups of
+# completions are all right and teach nothing. Training asks more often for what takes longer.
+TRAIN_SHARES = (5, 2, 3, 5, 5)
 _LETTERS = "ABCD"
 
 _log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class SplitSpec:
       segments: clips of 16 s in a video, 4 to 10.
       part: key of `needle_video.PARTS`, the film and handwriting to make videos of.
       seed: of the split; splits with different seeds have no card sequence in common.
+      shares: of the `KINDS`, in twentieths.
     """
 
     videos: int
@@ -62,6 +66,7 @@ class SplitSpec:
     segments: int
     part: str
     seed: int
+    shares: tuple[int, ...] = (8, 3, 3, 3, 3)
 
     def __post_init__(self):
         if self.videos < 1 or not 1 <= self.questions_per_video <= 6:
@@ -72,12 +77,20 @@ class SplitSpec:
         # Fewer have no room for the cards of every question, more need more pictures than exist.
         if not 4 <= self.segments <= 10:
             raise ValueError(f"A split needs 4 to 10 segments a video, found {self.segments}.")
+        # Twice in a video, all but "colour" would ask the same or find no colours to count.
+        most = max(self.shares[1:], default=0) * self.questions_per_video
+        if len(self.shares) != len(KINDS) or sum(self.shares) != 20 or most > 20:
+            raise ValueError(
+                f"'shares' must be {len(KINDS)} numbers that add up to 20, all but the first at "
+                f"most {20 // self.questions_per_video} (with {self.questions_per_video} questions "
+                f"a video), found {self.shares}."
+            )
         if self.part not in needle_video.PARTS:
             raise ValueError(f"'part' must be train, val or test, found {self.part!r}.")
 
 
 DEMO_SPLITS = {
-    "train": SplitSpec(videos=400, questions_per_video=6, segments=4, part="train", seed=1),
+    "train": SplitSpec(600, 4, segments=4, part="train", seed=1, shares=TRAIN_SHARES),
     "val": SplitSpec(videos=40, questions_per_video=4, segments=4, part="val", seed=2),
     "test": SplitSpec(videos=125, questions_per_video=4, segments=4, part="test", seed=3),
     "test_long": SplitSpec(videos=100, questions_per_video=4, segments=8, part="test", seed=4),
@@ -207,6 +220,7 @@ def _plans(name: str, spec: SplitSpec) -> Iterator[_Plan]:
         made = []
         for number, (kind, letter) in enumerate(asked):
             question, about, options, last = _question(rng, kind, letter, cards, unique)
+            evidence = _evidence(kind, about, options, cards)
             made.append(
                 records.Record(
                     id=f"{name}-{index:04d}-{number}",
@@ -216,7 +230,7 @@ def _plans(name: str, spec: SplitSpec) -> Iterator[_Plan]:
                     answer=letter,
                     start=0.0,
                     end=float(spec.segments * needle_video.CLIP_SECONDS),
-                    evidence=last.time,
+                    evidence=evidence,
                     duration=float(spec.segments * needle_video.CLIP_SECONDS),
                     category=kind,
                     source="needle",
@@ -238,11 +252,11 @@ def _deal(spec: SplitSpec) -> list[list[tuple[str, str]]]:
     """
     rng = np.random.default_rng([spec.seed, 2])
     total = spec.videos * spec.questions_per_video
-    ends = np.round(np.cumsum([0, *_KINDS.values()]) / 20 * total).astype(int)
+    ends = np.round(np.cumsum([0, *spec.shares]) / 20 * total).astype(int)
     # Letters go round through all kinds, each kind then shuffled for itself.
     letters = np.resize(list(_LETTERS), total)
     asked: list[list[tuple[str, str]]] = [[] for _ in range(spec.videos)]
-    for kind, begin, end in zip(_KINDS, ends, ends[1:], strict=False):
+    for kind, begin, end in zip(KINDS, ends, ends[1:], strict=False):
         rng.shuffle(letters[begin:end])
         for i in range(begin, end):
             asked[i % spec.videos].append((kind, str(letters[i])))
@@ -290,6 +304,29 @@ def _partitions(number: int) -> list[tuple[int, ...]]:
         for parts in itertools.combinations_with_replacement((1, 2, 3, 4), size)
         if sum(parts) == number
     ]
+
+
+def _evidence(
+    kind: str, about: str | None, options: Sequence[str], cards: Sequence[Card]
+) -> tuple[tuple[float, str], ...]:
+    """What a card, when shown, makes right: (its time, the letter), where that changes."""
+    told: list[tuple[float, str]] = []
+    number, before = 0, None
+    for card in cards:
+        number += card.colour == about
+        answer = {
+            "colour": card.picture if card.colour == about else None,
+            "first": cards[0].picture,
+            "last": card.picture,
+            "after": card.picture if before == about else None,
+            "count": str(number) if number else None,
+        }[kind]
+        before = card.picture
+        if answer is not None:
+            letter = _LETTERS[options.index(answer)] if answer in options else ""
+            if not told or told[-1][1] != letter:
+                told.append((card.time, letter))
+    return tuple(told)
 
 
 def _colours_shown(cards: Sequence[Card], times: int) -> list[str]:

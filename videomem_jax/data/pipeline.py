@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
@@ -39,11 +39,22 @@ _log = logging.getLogger(__name__)
 ALONE = Reader()
 
 
-def _known_from(times: Float[np.ndarray, "t f"], evidence: float | None) -> np.int32:
-    """The first clip that reaches `evidence` (seconds); the last where the frames end before."""
-    if evidence is None:
-        return np.int32(0)
-    return np.int32(min((times[:, -1] < evidence).sum(), len(times) - 1))
+def _so_far(record: Record, times: Float[np.ndarray, "t f"]) -> Int32[np.ndarray, " t"]:
+    """See `Batch.so_far`; after the last clip the answer is right, wherever its frames end."""
+
+    def index(answer: str) -> int:
+        if record.is_open:
+            return 0 if answer == record.answer else -1
+        return LETTERS.index(answer) if answer else -1
+
+    gold = index(record.answer)
+    if record.evidence is None:
+        return np.full(len(times), gold, np.int32)
+    right = np.array([-1, *(index(answer) for _, answer in record.evidence)], np.int32)
+    changes = [time for time, _ in record.evidence]
+    found = right[np.searchsorted(changes, times[:, -1], side="right")]
+    found[-1] = gold
+    return found
 
 
 class Loader:
@@ -88,7 +99,7 @@ class Loader:
             clip=clip,
             chain=self._chain(record),
             gold=np.int32(-1 if record.is_open else LETTERS.index(record.answer)),
-            known_from=_known_from(times, record.evidence),
+            so_far=_so_far(record, times),
             choices=self._choices(record),
             record=np.int32(index),
             real=np.bool_(True),
@@ -101,9 +112,15 @@ class Loader:
         frames = np.zeros((times.size, 32, 32, 3), np.uint8)
         prefix, clip = self._shown(frames, times, ("", ()))
         choices = answers(self.tokenizer, (), "text", sizes.options, sizes.answer_tokens)
-        nothing, first = np.int32(-1), np.int32(0)
         return Batch(
-            prefix, clip, self._no_chain(), nothing, first, choices, first, real=np.bool_(False)
+            prefix=prefix,
+            clip=clip,
+            chain=self._no_chain(),
+            gold=np.int32(-1),
+            so_far=np.full(self.segments, -1, np.int32),
+            choices=choices,
+            record=np.int32(0),
+            real=np.bool_(False),
         )
 
     def _shown(

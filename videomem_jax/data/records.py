@@ -10,7 +10,8 @@ A row of a JSONL file has these fields:
     answer    the letter of the right option: "A" is the first; of an open-ended question, its text
     start     optional number, seconds: where the part that the question is about begins
     end       optional number, seconds: where it ends
-    evidence  optional number, seconds: by when the video has shown all that the answer needs
+    evidence  optional list of [seconds, answer]: what is right by what was shown until then, for
+              every time at which that changes; "" where no option is, as before the first
     memories  optional list of strings: the memory after every clip, for supervised chains
     answers   optional list of letters (or texts), one per memory: the provisional answers; "" for
               none
@@ -25,6 +26,7 @@ lie under the folder of the file, symbolic links followed, unless the caller all
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -75,7 +77,7 @@ class Record:
     answer: str
     start: float | None = None
     end: float | None = None
-    evidence: float | None = None
+    evidence: tuple[tuple[float, str], ...] | None = None
     memories: tuple[str, ...] | None = None
     answers: tuple[str, ...] | None = None
     duration: float | None = None
@@ -97,6 +99,7 @@ class Record:
         else:
             _check_letter("answer", self.answer, self.options)
         self._check_times()
+        self._check_evidence()
         self._check_chain()
 
     @property
@@ -121,22 +124,43 @@ class Record:
                 raise BadRecord("options", "'options' must not be empty strings, found one.")
 
     def _check_times(self) -> None:
-        for name in ("start", "end", "evidence", "duration"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BadRecord(
-                    "wrong type", f"'{name}' must be a number of seconds, found {_show(value)}."
-                )
-            if not 0 <= value <= _LONGEST_SECONDS:
-                found = f"found {_show(value)}."
-                raise BadRecord("times", f"'{name}' must be finite and not negative, {found}")
+        for name in ("start", "end", "duration"):
+            if getattr(self, name) is not None:
+                _check_seconds(name, getattr(self, name))
         if self.end is not None and (self.start or 0.0) >= self.end:
             raise BadRecord(
                 "times",
                 f"'start' must be before 'end', found start {self.start or 0.0} s and end "
                 f"{self.end} s.",
+            )
+
+    def _check_evidence(self) -> None:
+        if self.evidence is None:
+            return
+        pairs = self.evidence
+        if not isinstance(pairs, tuple) or not pairs:
+            found = _show(pairs)
+            raise BadRecord(
+                "wrong type", f"'evidence' must be a list of [seconds, answer], found {found}."
+            )
+        for pair in pairs:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise BadRecord(
+                    "wrong type", f"'evidence' must hold [seconds, answer], found {_show(pair)}."
+                )
+            _check_seconds("evidence", pair[0])
+            if self.is_open or pair[1] == "":
+                _check_texts("evidence", pair[1:])
+            else:
+                _check_letter("evidence", pair[1], self.options)
+        times = [pair[0] for pair in pairs]
+        if any(a >= b for a, b in itertools.pairwise(times)):
+            raise BadRecord("times", f"'evidence' must be in order of time, found {times} s.")
+        if pairs[-1][1] != self.answer:
+            raise BadRecord(
+                "evidence",
+                f"'evidence' must end with the answer {_show(self.answer)}, found "
+                f"{_show(pairs[-1][1])}.",
             )
 
     def _check_chain(self) -> None:
@@ -174,6 +198,10 @@ class Record:
         for name in ("options", "memories", "answers"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
+        if isinstance(values.get("evidence"), list):
+            values["evidence"] = tuple(
+                tuple(pair) if isinstance(pair, list) else pair for pair in values["evidence"]
+            )
         values["answer"] = _letter_of(values["answer"], values["options"])
         return cls(**values)
 
@@ -355,6 +383,16 @@ def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
         raise BadRecord("wrong type", f"'{name}' must be a list of strings, found {_show(value)}.")
     _check_encodes(name, "".join(value))
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRecord(
+            "wrong type", f"'{name}' must be a number of seconds, found {_show(value)}."
+        )
+    if not 0 <= value <= _LONGEST_SECONDS:
+        found = f"found {_show(value)}."
+        raise BadRecord("times", f"'{name}' must be finite and not negative, {found}")
 
 
 def _check_encodes(name: str, text: str) -> None:

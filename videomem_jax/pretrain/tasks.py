@@ -148,19 +148,47 @@ def about(rng: np.random.Generator, cards: Cards, before: str, closed: float) ->
     return Task(question, options, before + NAME, name)
 
 
+def point(rng: np.random.Generator, cards: Cards, before: str) -> Task:
+    """A question, and the cards that it is about in place of its answer: none, one or more.
+
+    Of what came after a card that is the card itself too, with or without a next one.
+    """
+    kind = rng.choice(["colour", "count", "count", "after", "after", "first", "last"])
+    options: tuple[str, ...] = tuple(map(str, rng.choice(needle_video.PICTURES, 4, replace=False)))
+    if kind in ("colour", "count"):
+        colours = [c for c, _ in cards] or list(needle_video.COLOURS)
+        colour = str(rng.choice(list(needle_video.COLOURS) if rng.random() < 0.2 else colours))
+        found = [card for card in cards if card[0] == colour]
+        question = f"Which picture was on the {colour} card?"
+        if kind == "count":
+            question, options = f"How many {colour} cards were there?", tuple("1234")
+    elif kind == "after":
+        pictures = [p for _, p in cards] or list(needle_video.PICTURES)
+        picture = str(rng.choice(needle_video.PICTURES if rng.random() < 0.2 else pictures))
+        place = pictures.index(picture) if picture in pictures else len(cards)
+        found = list(cards[place : place + 2])
+        question = f"Which card came right after the {picture}?"
+    else:
+        found = list(cards[:1] if kind == "first" else cards[-1:])
+        question = f"Which card came {kind}?"
+    return Task(question, options if rng.random() < 0.75 else (), before + NAME, text(found))
+
+
 def of_frames(shown: Cards) -> Task:
     """The caption of what these frames show."""
     return Task("", (), DESCRIBE, text(shown))
 
 
-def with_clip(rng: np.random.Generator, shown: Cards) -> Task:
-    """An exchange about a clip that shows these cards."""
+def with_clip(rng: np.random.Generator, shown: Cards, pointed: float = 0.0) -> Task:
+    """An exchange about a clip that shows these cards; a share of them is `point`."""
     kind = rng.random()
     notes: Cards = []
     if rng.random() < 0.6:
         notes = draw_cards(rng, int(rng.integers(0, 6 - len(shown))), shown)
     whole = [*notes, *shown]
     before = f"Notes: {text(notes)}\n"
+    if pointed and rng.random() < pointed:
+        return point(rng, whole, before)
     if kind < 0.1 or not whole:
         return of_frames(shown)
     if kind < 0.2:
@@ -206,10 +234,12 @@ def _look_up(what: str, pairs: Cards) -> tuple[str, str]:
     return f"{what} {' '.join(a for a, _ in pairs)}.", " ".join(b for _, b in pairs)
 
 
-def without_clip(rng: np.random.Generator) -> Task:
-    """An exchange about a text alone."""
+def without_clip(rng: np.random.Generator, pointed: float = 0.0) -> Task:
+    """An exchange about a text alone; a share of them is `point`."""
     kind, cards = rng.random(), draw_cards(rng, int(rng.integers(1, 6)))
     before = f"Notes: {text(cards)}\n"
+    if pointed and rng.random() < pointed:
+        return point(rng, cards, before)
     if kind < 0.25:
         return only(rng, cards, before)
     return about(rng, cards, before, closed=0.5) or without_clip(rng)
