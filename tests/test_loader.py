@@ -147,7 +147,7 @@ def test_open_ended_records(tokenizer, film):
         settings, prompt=dataclasses.replace(settings.prompt, answer_tokens=6)
     )
     load = pipeline.Loader(tokenizer, settings, SEGMENTS)
-    record = dataclasses.replace(film[0], options=(), answer="a boat")
+    record = dataclasses.replace(film[0], options=(), answer="a boat", evidence=None)
     row = load(0, record)
     assert row.gold == -1 and (row.choices == -1).all() and row.choices.shape[1] == 6
     assert (row.chain.length == -1).all()

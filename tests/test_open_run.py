@@ -27,7 +27,7 @@ def folder(benchmark_folder):
 
     def opened(record, answer=None):
         answer = answer or record.options["ABCD".index(record.answer)]
-        return dataclasses.replace(record, options=(), answer=answer)
+        return dataclasses.replace(record, options=(), answer=answer, evidence=None)
 
     mixed = [opened(record) if i % 2 else record for i, record in enumerate(found)]
     records.write_records(folder / "mixed.jsonl", mixed)
