@@ -149,7 +149,7 @@ def test_a_failed_call_has_no_part_in_advantages(judged, tokenizer):
             over = np.maximum(0, close[t, b] - budget) * good
             reward = alpha * (answers[t, b] == "A") + good - beta * over
             alone = prpo.group_advantages(jnp.array(reward[known], jnp.float32))
-            np.testing.assert_allclose(rows.advantages[t, b][known], alone, atol=1e-5)
+            np.testing.assert_allclose(rows.advantages[t, b, :, 0][known], alone, atol=1e-5)
             groups += bool(np.any(alone))
     # In so many groups some calls failed, and the advantages of the others say something.
     assert groups > 3
@@ -162,7 +162,7 @@ def test_the_gradient_knows_nothing_of_a_failed_call(judged):
     empty = ~np.array(rows.mask).any(-1)
     assert empty.any()
     wild = rows._replace(
-        advantages=jnp.where(empty, 1e3, rows.advantages),
+        advantages=jnp.where(empty[..., None], 1e3, rows.advantages),
         old=jnp.where(empty[..., None], -50.0, rows.old),
     )
     states = [trainer.update_step(fresh(trainer), trainer.frozen, None, r)[0] for r in (rows, wild)]

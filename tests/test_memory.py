@@ -36,7 +36,7 @@ def at(tree, *place):
 def chooser(paths):
     """A choice as in training: advantages of a reward, and a draw by them."""
 
-    def choose(parsed, segment, key):
+    def choose(completions, parsed, segment, key):
         rewards = parsed.well_formed + 0.3 * parsed.length + 0.1 * segment
         a = prpo.group_advantages(rewards)
         chosen = prpo.draw_paths(key, a, parsed.well_formed, jnp.float32(0.7), paths)
@@ -207,7 +207,7 @@ def test_handing_on_an_empty_memory_forgets():
 
 def test_the_choice_of_evaluation():
     parsed = Parsed(*(jnp.zeros((3, 1), int),) * 4)
-    chosen, extra = memory.first_of_each(parsed, jnp.int32(0), jax.random.key(0))
+    chosen, extra = memory.first_of_each(None, parsed, jnp.int32(0), jax.random.key(0))
     assert chosen.shape == (3, 1) and not chosen.any() and extra == ()
 
 

@@ -160,7 +160,8 @@ def loss_of(ratio, advantages, mask=None, weights=None, **options):
     mask = np.ones(old.shape, bool) if mask is None else np.array(mask)
     weights = np.ones(old.shape, np.float32) if weights is None else np.array(weights)
     options = {"clip_low": 0.2, "clip_high": 0.3} | options
-    return policy_loss(new, old, np.array(advantages, np.float32), mask, weights, **options)
+    a = np.array(advantages, np.float32)[..., None]
+    return policy_loss(new, old, a, mask, weights, **options)
 
 
 def test_both_sides_are_clipped_and_only_against_the_advantage():
@@ -179,7 +180,7 @@ def test_both_sides_are_clipped_and_only_against_the_advantage():
 def test_clipped_tokens_have_no_gradient(ratio, advantage, flat):
     def loss(log_ratio):
         one = jnp.full((1, 1, 1), log_ratio)
-        a = jnp.full((1, 1), float(advantage))
+        a = jnp.full((1, 1, 1), float(advantage))
         return policy_loss(
             *(one, jnp.zeros_like(one), a, jnp.ones_like(one, bool), jnp.ones_like(one)),
             clip_low=0.2,
@@ -193,14 +194,14 @@ def test_gradient_before_the_first_update_is_that_of_reinforce():
     """At rho = 1: d loss / d log p = -w A for each token that counts."""
     rng = np.random.default_rng(0)
     logp = jnp.array(rng.normal(size=MASK.shape), jnp.float32)
-    a = jnp.array(rng.normal(size=MASK.shape[:2]), jnp.float32)
+    a = jnp.array(rng.normal(size=(*MASK.shape[:2], 1)), jnp.float32)
     weights = token_weights(jnp.array(MASK), "seq")
 
     def loss(new):
         return policy_loss(new, logp, a, jnp.array(MASK), weights, clip_low=0.2, clip_high=0.2).loss
 
-    close(jax.grad(loss)(logp), -np.asarray(weights) * np.asarray(a)[..., None] * MASK)
-    close(loss(logp), -np.sum(weights * a[..., None]))
+    close(jax.grad(loss)(logp), -np.asarray(weights) * np.asarray(a) * MASK)
+    close(loss(logp), -np.sum(weights * a))
 
 
 def test_kl_by_hand():
@@ -210,7 +211,7 @@ def test_kl_by_hand():
 
     def loss(new):
         return policy_loss(
-            *(new, logp, jnp.zeros((1, 1)), one.astype(bool), one),
+            *(new, logp, jnp.zeros((1, 1, 1)), one.astype(bool), one),
             clip_low=0.2,
             clip_high=0.2,
             kl_coef=0.1,
@@ -240,7 +241,7 @@ def test_masked_tokens_count_for_nothing():
     """Whatever stands there: the loss, its parts and its gradient do not change."""
     rng = np.random.default_rng(1)
     arrays = [rng.normal(size=MASK.shape).astype(np.float32) for _ in range(4)]
-    a = jnp.array(rng.normal(size=(2, 2)), jnp.float32)
+    a = jnp.array(rng.normal(size=(2, 2, 1)), jnp.float32)
     weights = jnp.ones(MASK.shape)
 
     def parts(new, old, reference, entropy):

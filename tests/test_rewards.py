@@ -78,6 +78,41 @@ def test_early_answers_are_worth_less_or_nothing(how, worth):
     np.testing.assert_array_equal(got.form + got.length, [1, 0])
 
 
+def test_expected_by_hand():
+    """Averaged over the answers, those that are no option counted: they have no format."""
+    chances = np.array([[0.5, 0.2, 0.0], [0.1, 0.9, 0.0], [0.6, 0.4, 0.0]], np.float32)
+    gold, ended = jnp.array([0, -1, 1]), jnp.array([True, True, False])
+    answer = jnp.array([1, 1, -1])
+    worth = jnp.array([0.5, 0.0, 1.0])
+    reward = cascading_reward(
+        *(answer, gold, answer >= 0, jnp.array([12, 0, 0])),
+        alpha=2.0,
+        beta=0.1,
+        budget=10,
+        worth=worth,
+    )
+    got = rewards.expected(reward, chances, gold, ended, alpha=2.0, worth=worth)
+    # Right with 0.5, worth 1, any option with 0.7, two tokens over; nothing right; broken off.
+    np.testing.assert_allclose(got, [0.5 + 0.7 - 0.2, 1.0, 0.0], rtol=1e-6)
+
+
+def test_expected_is_the_mean_over_answers():
+    rng = np.random.default_rng(0)
+    chances, length = rng.dirichlet(np.ones(5), 7).astype(np.float32), rng.integers(0, 9, 7)
+    gold, average = rng.integers(0, 4, 7), np.zeros(7)
+    for answer in range(5):  # the last one stands for all that is no option
+        said = np.full(7, answer if answer < 4 else -1)
+        # Its length is paid for in either case: that is known before the answer is.
+        reward = cascading_reward(
+            *(said, gold, said >= 0, length), alpha=1.5, beta=0.2, budget=4, worth=0.7
+        )
+        average += chances[:, answer] * np.array(reward.total)
+        got = rewards.expected(
+            reward, chances[:, :4], jnp.array(gold), said >= -1, alpha=1.5, worth=0.7
+        )
+    np.testing.assert_allclose(got, average, rtol=1e-5)
+
+
 def test_each_part_can_be_switched_off():
     args = (jnp.array([1]), jnp.array([1]), jnp.array([True]), jnp.array([100]))
     assert cascading_reward(*args, alpha=0.0, beta=0.0, budget=5).total == 1

@@ -158,6 +158,24 @@ def test_choices_are_weighed_as_they_would_be_drawn(tiny, form_of, opening, toke
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_options_are_known_as_their_answers_would_be_drawn(drawn, opening, form_of, kind):
+    out, _ = drawn(kind)
+    choices = opening[0].choices[..., 0]
+    states = np.array(fmt.states(form_of(kind, SLOTS).grammar, out.tokens))
+    begins, told = (states == State.ANSWER) & out.mask, 0
+    assert (out.options[~begins.any(-1)] == -np.inf).all()
+    for n, r, c in zip(*np.nonzero(begins), strict=True):
+        there = choices[n] >= 0
+        assert (out.options[n, r][~there] == -np.inf).all()
+        total = np.exp(out.options[n, r][there]).sum()
+        assert total == pytest.approx(1, abs=1e-5) if kind == "forced" else total < 1 + 1e-5
+        drawn_one = choices[n] == out.tokens[n, r, c]
+        np.testing.assert_allclose(out.options[n, r][drawn_one], out.logprobs[n, r, c], atol=1e-5)
+        told += drawn_one.any()
+    assert told > 3 or kind == "free"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_masks_end_with_the_completions(drawn, tokenizer, kind):
     """Up to and including the end, however long the others are."""
     out, _ = drawn(kind)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from videomem_jax import memory, prpo, sharding
+from videomem_jax import grammar, memory, prpo, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.accumulation import micro_batches
 from videomem_jax.batch import Chain
@@ -46,6 +46,7 @@ def with_prpo(**changes) -> cfg.Settings:
 
 
 GRPO = with_prpo(psp=False, tcr=False)
+EXPECTED = with_prpo(expected=True, adv_norm="none")
 ADAPTED = cfg.Model(lora_rank=2, lora_alpha=4.0, chunk=3)
 LORA, LORA_GRPO = (dataclasses.replace(s, model=ADAPTED) for s in (BASE, GRPO))
 
@@ -279,7 +280,7 @@ def test_metrics_of_a_rollout(rolled, batch, read, trainer_of):
     # Advantages are over the group of a step; malformed completions count too.
     of_group = np.array(list(reward.values()), np.float32).reshape(SEGMENTS, EXAMPLES, GROUP)
     expected = host(prpo.group_advantages(jnp.array(of_group)))
-    np.testing.assert_allclose(rows.advantages, expected, atol=1e-4)
+    np.testing.assert_allclose(rows.advantages[..., 0], expected, atol=1e-4)
     assert seen["no_signal"] == pytest.approx((expected == 0).all(-1).mean())
 
 
@@ -315,6 +316,40 @@ def test_grpo_is_the_same_code_with_two_flags(trainer_of, batch, read):
     expected = host(prpo.group_advantages(jnp.array(reward)))
     np.testing.assert_allclose(rows.advantages[-1].reshape(EXAMPLES, GROUP), expected, atol=1e-4)
     assert seen["reward/answer"] <= seen[f"accuracy/segment_{SEGMENTS}"] / SEGMENTS + 1e-6
+
+
+def test_memories_earn_what_their_answers_do_on_average(trainer_of, batch):
+    """With `expected`: memory tokens have the group's advantage of it, answers what they add."""
+    trainer = trainer_of(settings=EXPECTED)
+    state = trainer.first
+    model = trainer.merge(state.trained, trainer.frozen)
+    sampling, key = trainer.sampling, jax.random.key(3)
+    seen = jax.jit(lambda m: memory.see(m, batch.clip))(model)
+
+    def keep(completions, parsed, segment, key):
+        chosen, judged = trainer.judge(
+            *(completions, parsed, parsed.answer, batch.gold, None),
+            *(trainer.goal(batch, segment), key, state.step),
+        )
+        return chosen, (completions, parsed, judged)
+
+    loop = lambda m: memory.loop(m, trainer.form, batch, seen, key, sampling, keep)  # noqa: E731
+    steps = jax.jit(loop)(model)
+    rows = host(trainer.rows(batch, seen, steps._replace(extra=steps.extra[2])))
+    completions, parsed, judged = host(steps.extra)
+    p = np.exp(completions.options)
+    right = np.take_along_axis(p, batch.gold[None, :, None, None], -1)[..., 0]
+    ended = completions.state == grammar.State.DONE
+    expected = np.where(ended, right + p.sum(-1) + judged.length, 0)
+    earned = judged.answer + judged.form + judged.length
+    np.testing.assert_allclose(judged.luck, earned - expected, atol=1e-5)
+    assert np.abs(judged.luck).max() > 0.1
+    advantages = expected - expected.mean(-1, keepdims=True)
+    states = np.array(grammar.states(trainer.form.grammar, rows.tokens))
+    answers = states == grammar.State.ANSWER
+    each = np.where(answers, judged.luck[..., None], advantages[..., None])
+    np.testing.assert_allclose(rows.advantages, each, atol=1e-5)
+    assert (answers & rows.mask).any() and np.abs(advantages).max() > 0.1
 
 
 def test_temperature_anneals_with_the_updates(trainer_of):

@@ -88,7 +88,7 @@ class JudgedRollout:
         )
         self._choose = jax.jit(
             laid_out(self._chosen),
-            in_shardings=(shard, shard, None, shard, same, same, same),
+            in_shardings=(shard, shard, None, None, shard, same, same, same),
             out_shardings=(shard, None),
         )
         self._gather = jax.jit(
@@ -121,7 +121,9 @@ class JudgedRollout:
             verdicts = self._verdicts(record, *host)
             failed += int((verdicts[is_open] == FAILED).sum())
             asked += int(host[1][is_open].sum())
-            after, judged = self._choose(batch, memory, parsed, verdicts, choose_key, now, step)
+            after, judged = self._choose(
+                batch, memory, completions, parsed, verdicts, choose_key, now, step
+            )
             steps.append(mem.Steps(memory, completions, parsed, judged))
             memory = after
         self._lose_patience(failed, asked)
@@ -172,7 +174,7 @@ class JudgedRollout:
         return completions, parsed, said.reshape(*parsed.length.shape, -1)
 
     def _chosen(
-        self, batch: Batch, memory, parsed: fmt.Parsed, verdicts, key, segment, step
+        self, batch: Batch, memory, completions, parsed: fmt.Parsed, verdicts, key, segment, step
     ) -> tuple[mem.Memory, Judged]:
         is_open = fmt.is_open(batch.choices)
         # An open question has one choice, index 0: what is right.
@@ -181,7 +183,9 @@ class JudgedRollout:
         gold = jnp.where(is_open, 0, batch.gold)
         known = ~is_open[:, None] | (verdicts != FAILED)
         goal = self._trainer.goal(batch._replace(gold=gold), segment)
-        chosen, judged = self._trainer.judge(parsed, answer, gold, known, goal, key, step)
+        chosen, judged = self._trainer.judge(
+            completions, parsed, answer, gold, known, goal, key, step
+        )
         return mem.hand_on(memory, parsed, chosen), judged
 
     def _gathered(self, batch: Batch, features, steps, step):

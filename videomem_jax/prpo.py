@@ -107,7 +107,7 @@ class LossParts(NamedTuple):
 def policy_loss(
     logprobs: Float[Array, "n r c"],
     old_logprobs: Float[Array, "n r c"],
-    advantages: Float[Array, "n r"],
+    advantages: Float[Array, "n r #c"],
     mask: Bool[Array, "n r c"],
     weights: Float[Array, "n r c"],
     *,
@@ -127,7 +127,7 @@ def policy_loss(
     Args:
       logprobs: of the tokens under the policy.
       old_logprobs: as they were when sampled.
-      advantages: of each completion.
+      advantages: of each token, or of each completion ([n, r, 1]).
       mask: which tokens count.
       weights: of each token in the sum (`token_weights`).
       clip_low, clip_high: how far the ratio may move.
@@ -139,8 +139,8 @@ def policy_loss(
     weights = jnp.where(mask, weights, 0.0)
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
-    a = advantages[..., None]
-    plain, clipped = ratio * a, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * a
+    plain = ratio * advantages
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
     total = -jnp.minimum(plain, clipped)
     kl = jnp.zeros_like(total)
     if reference is not None:

@@ -55,6 +55,33 @@ def cascading_reward(
     )
 
 
+def expected(
+    reward: Reward,
+    chances: Float[Array, "*b o"],
+    gold: Int[Array, "*b"],
+    ended: Bool[Array, "*b"],
+    *,
+    alpha: float,
+    worth: Float[Array, "*b"] | float = 1.0,
+) -> Float[Array, "*b"]:
+    """E[R | m]: what a completion with this memory earns, averaged over its answers.
+
+    A group's differences then tell its memories apart, and not who guessed well (the variance that
+    conditioning takes away: Rao and Blackwell).
+
+    Args:
+      reward: of the answer drawn.
+      chances: of each option where the answer begins; an option has one token.
+      gold: index of the right option.
+      ended: whether the completion keeps to the format, but for what its answer says. What does
+        not earns what it earns.
+      alpha, worth: see `cascading_reward`.
+    """
+    right = jnp.take_along_axis(chances, jnp.maximum(gold, 0)[..., None], -1)[..., 0]
+    average = alpha * worth * right + chances.sum(-1) + reward.length
+    return jnp.where(ended, average, reward.total)
+
+
 def answer_worth(
     left: Int[Array, ""], right: Int[Array, " b"], *, tcr: bool, discount: float = 1.0
 ) -> Float[Array, " b"]:
@@ -80,6 +107,8 @@ class Judged(NamedTuple):
     known: False where nobody could say so.
     rewarded: False where the reward is then unknown too.
     advantages: over the group.
+    luck: by how much the answer drawn earned more than answers do on average after that memory;
+      0 where rewards are not expected ones.
     """
 
     answer: Float[Array, "*t b g"]
@@ -89,6 +118,7 @@ class Judged(NamedTuple):
     known: Bool[Array, "*t b g"]
     rewarded: Bool[Array, "*t b g"]
     advantages: Float[Array, "*t b g"]
+    luck: Float[Array, "*t b g"]
 
 
 def means(

@@ -31,6 +31,8 @@ class Completions(NamedTuple):
     logprobs: of each token under the distribution that it was drawn from.
     entropy: of that distribution.
     state: in which each completion was left.
+    options: log-probability of the first token of each of o choices where the answer begins; -inf
+      where none does. Known as long as an answer is drawn, whichever it is.
     """
 
     tokens: Int[Array, "n r c"]
@@ -38,6 +40,7 @@ class Completions(NamedTuple):
     logprobs: Float[Array, "n r c"]
     entropy: Float[Array, "n r c"]
     state: Int[Array, "n r"]
+    options: Float[Array, "n r o"]
 
 
 class Context(NamedTuple):
@@ -124,7 +127,7 @@ def sample(
         return (index < size) & ~fmt.ended(state).all()
 
     def one(carry):
-        index, token, state, length, cache, out = carry
+        index, token, state, length, cache, options, out = carry
         position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
         seen = visible(grammar, context, state[..., None])
         hidden, cache = model.step(token, position, cache, index, kv, seen)
@@ -140,12 +143,14 @@ def sample(
             _picked(logp, new),
             entropy(logp),
         )
+        begins = (state == fmt.State.ANSWER)[..., None]
+        options = jnp.where(begins, _picked_each(logp, firsts), options)
         out = tuple(
             jax.lax.dynamic_update_index_in_dim(a, value.astype(a.dtype), index, 2)
             for a, value in zip(out, values, strict=True)
         )
         state, length = fmt.advance(grammar, state, length, new)
-        return index + 1, new, state, length, cache, out
+        return index + 1, new, state, length, cache, options, out
 
     zero = jnp.zeros(shape, jnp.int32)
     out = (
@@ -155,10 +160,12 @@ def sample(
         jnp.zeros((*shape, size), jnp.float32),
     )
     first = jnp.broadcast_to(context.last[:, None], shape).astype(jnp.int32)
+    firsts = jnp.broadcast_to(choices[:, None, :, 0], (*shape, choices.shape[1]))
+    options = jnp.full(firsts.shape, -jnp.inf)
     start = (jnp.int32(0), first, zero + fmt.State.START, zero, model.empty_cache(n, count, size))
     with decoding():
-        _, _, state, _, _, out = jax.lax.while_loop(more, one, (*start, out))
-    return Completions(*out, state)
+        *_, state, _, _, options, out = jax.lax.while_loop(more, one, (*start, options, out))
+    return Completions(*out, state, options)
 
 
 def choice_logprobs(
@@ -274,6 +281,12 @@ def _permitted_log_softmax(model, grammar, hidden, state, choices, temperature):
     allowed = fmt.permitted(grammar, state, choices)
     allowed = constrain(allowed, rows_of_logits(allowed.shape[-1]), ..., "vocab")
     return log_softmax(model.logits(hidden), allowed, temperature)
+
+
+def _picked_each(logp: Float[Array, "*b vocab"], tokens: Int[Array, "*b o"]):
+    """`_picked` for several tokens; -inf for those below 0."""
+    each = jnp.stack([_picked(logp, jnp.maximum(t, 0)) for t in jnp.moveaxis(tokens, -1, 0)], -1)
+    return jnp.where(tokens >= 0, each, -jnp.inf)
 
 
 def _picked(logp: Float[Array, "*b vocab"], tokens: Int[Array, "*b"]) -> Float[Array, "*b"]:

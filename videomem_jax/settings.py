@@ -87,6 +87,7 @@ class Prompt:
     answer_tokens: int = 1  # room for an answer
     answer_from: str = "all"  # what an answer may be read off: "all", or question and "memory"
     options: int = 10  # most options that a question has
+    instruction: str = ""  # said after the memory, in words that the model knows; "" for nothing
 
     @property
     def from_memory(self) -> bool:
@@ -154,6 +155,7 @@ class PRPO:
     clip_high: float = 0.2  # nor one above 1 + clip_high
     kl_coef: float = 0.0  # weight of KL(policy || cold start); 0 keeps no reference in memory
     entropy_coef: float = 0.0  # weight of an entropy bonus
+    expected: bool = False  # a memory earns what answers earn after it on average, not the one drawn
     adv_norm: str = "std"  # "std" (GRPO) or "none" (Dr. GRPO)
     loss_agg: str = "seq"  # "seq" (GRPO), "token" (DAPO) or "constant" (Dr. GRPO)
     updates_per_rollout: int = 1  # optimizer steps on the same completions
@@ -460,6 +462,13 @@ def _check(s: Settings) -> None:
     need(g >= 2, "prpo.group_size", g, "at least 2: an advantage is relative to a group")
     need(1 <= k <= g and g % k == 0, "prpo.paths", k, f"a divisor of group_size={g}")
     need(0 < s.prpo.gamma <= 1, "prpo.gamma", s.prpo.gamma, "above 0 and at most 1")
+    need(
+        not s.prpo.expected
+        or (s.prpo.adv_norm == "none" and s.prompt.answer_tokens == 1 and s.prpo.reward == "choices"),
+        "prpo.expected",
+        s.prpo.expected,
+        "off unless prpo.adv_norm='none', prompt.answer_tokens=1 and prpo.reward='choices'",
+    )
     need(0 <= s.prpo.discount <= 1, "prpo.discount", s.prpo.discount, "0 to 1")
     for key, value in (
         ("data.time_limit", s.data.time_limit),

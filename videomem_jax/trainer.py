@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import memory as mem
-from videomem_jax import prpo, rewards, rollout, sharding
+from videomem_jax import grammar, prpo, rewards, rollout, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.accumulation import accumulate, micro_batches
 from videomem_jax.batch import Batch, Prefix
-from videomem_jax.grammar import Parsed
+from videomem_jax.grammar import Parsed, State
 from videomem_jax.models import lora
 from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 
     before: memories [t, n, m], lengths [t, n].
     tokens, mask, old: [t, n, r, c].
-    advantages: [t, n, r].
+    advantages: [t, n, r, 1], or of each token.
     """
 
     prefix: Prefix
@@ -61,7 +61,7 @@ class Rows(NamedTuple):
     mask: Bool[Array, "t n r c"]
     weights: Float[Array, "t n r c"]
     old: Float[Array, "t n r c"]
-    advantages: Float[Array, "t n r"]
+    advantages: Float[Array, "t n r #c"]
 
 
 def optimizer(settings: cfg.Optimizer, steps: int) -> optax.GradientTransformation:
@@ -187,9 +187,11 @@ class Trainer:
         model = self.merge(trained, frozen)
         features = mem.see(model, batch.clip)
 
-        def choose(parsed: Parsed, segment, key):
+        def choose(completions, parsed: Parsed, segment, key):
             goal = self.goal(batch, segment)
-            return self.judge(parsed, parsed.answer, batch.gold, None, goal, key, step)
+            return self.judge(
+                completions, parsed, parsed.answer, batch.gold, None, goal, key, step
+            )
 
         steps = mem.loop(model, self.form, batch, features, key, self.sampling, choose)
         return self.rows(batch, features, steps), self.rollout_metrics(batch, steps, step)
@@ -214,6 +216,7 @@ class Trainer:
 
     def judge(
         self,
+        completions: rollout.Completions,
         parsed: Parsed,
         answer: Int[Array, "b g"],
         gold: Int[Array, " b"],
@@ -225,7 +228,8 @@ class Trainer:
         """Rewards and advantages of a segment's completions, and whose memories go on.
 
         Args:
-          parsed: what the completions say.
+          completions: of the segment, [b*k, r, ...].
+          parsed: what they say.
           answer: their answers by index, right where it is `gold`.
           gold: of each example.
           known: False where nobody could say whether the answer is right; None if all are known.
@@ -234,24 +238,31 @@ class Trainer:
           step: of the phase, which anneals the draw.
         """
         p = self.settings.prpo
+        wanted, worth = jnp.broadcast_to(goal.answer[:, None], answer.shape), goal.worth[:, None]
         reward = cascading_reward(
             answer,
-            jnp.broadcast_to(goal.answer[:, None], answer.shape),
+            wanted,
             parsed.well_formed,
             parsed.length,
             alpha=p.alpha,
             beta=self.beta(step) if p.penalty else 0.0,
             budget=self.settings.memory.budget,
-            worth=goal.worth[:, None],
+            worth=worth,
         )
+        total = earned = reward.total
+        if p.expected:
+            whole = lambda a: a.reshape(*answer.shape, *a.shape[2:])  # noqa: E731
+            chances = jnp.exp(whole(completions.options))
+            ended = whole(completions.state) == State.DONE
+            total = rewards.expected(reward, chances, wanted, ended, alpha=p.alpha, worth=worth)
         rewarded = None if known is None else known | (goal.worth == 0)[:, None]
-        advantages = prpo.group_advantages(reward.total, p.adv_norm, rewarded)
+        advantages = prpo.group_advantages(total, p.adv_norm, rewarded)
         paths, tau = self.settings.paths, self.tau(step)
         chosen = prpo.draw_paths(key, advantages, parsed.well_formed, tau, paths)
         if known is None:
             known = rewarded = jnp.ones(answer.shape, bool)
         right = (answer == gold[:, None]) & known
-        return chosen, Judged(*reward, right, known, rewarded, advantages)
+        return chosen, Judged(*reward, right, known, rewarded, advantages, earned - total)
 
     def rows(self, batch: Batch, features: VisionFeatures, steps: mem.Steps) -> Rows:
         """A rollout's completions as the update sees them."""
@@ -263,6 +274,10 @@ class Trainer:
         real = jnp.repeat(batch.real, k)[None, :, None, None]
         counted = prpo.credit(steps.extra.rewarded, tcr=p.tcr, paths=k)
         mask = done.mask & real & by_row(counted)[..., None]
+        advantages = by_row(advantages)[..., None]
+        if p.expected:  # the answer is no part of what the memory earned
+            answers = grammar.states(self.form.grammar, done.tokens) == State.ANSWER
+            advantages = jnp.where(answers, by_row(steps.extra.luck)[..., None], advantages)
         return Rows(
             prefix=jax.tree.map(by_segment, batch.prefix),
             features=VisionFeatures(
@@ -281,7 +296,7 @@ class Trainer:
             mask=mask,
             weights=prpo.token_weights(mask, p.loss_agg),
             old=done.logprobs,
-            advantages=by_row(advantages),
+            advantages=advantages,
         )
 
     def rollout_metrics(
