@@ -63,7 +63,7 @@ def questions(tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[
             (tasks.TELL_AND_ANSWER, tasks.text(cards), answer),
             (tasks.NAME, name, ""),
         )[int(rng.integers(3))]
-        task = tasks.Task(question, options, f"Notes: {tasks.text(cards)}\n{how}", reply, told)
+        task = tasks.Task(question, options, how, reply, told, notes=tasks.text(cards))
         row = pretrain.encode(tokenizer, task, np.zeros(0), pretrain.TEXT_PREFIX)
         yield (kind, how), row
 

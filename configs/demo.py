@@ -20,6 +20,8 @@ def get_config():
     config.prompt.frames = 8
     config.prompt.max_pixels = 6 * 32 * 32
     config.prompt.prefix_tokens = 96
+    # The base knows this word: tell the cards that the question is about.
+    config.prompt.instruction = "Cards."
     # So small a model answers with an option's word: to find its letter is a skill of its own.
     config.prompt.answer = "text"
     config.prompt.options = 4
@@ -50,9 +52,10 @@ def get_config():
     config.prpo.evidence = True
     # First it has to find what is worth keeping, then what is not: with the whole cost from the
     # start, memories shrank to two cards in 20 steps, before any answer had become better.
+    config.prpo.expected = True
     config.prpo.beta = 0.03
     config.prpo.beta_warmup = 150
-    config.prpo.entropy_coef = 0.005
+    config.prpo.entropy_coef = 0.01
     # Advantages are differences of rewards: lower than for those divided by their deviation.
     config.prpo.tau_0 = 0.5
     config.prpo.optimizer.learning_rate = 1e-3

@@ -56,8 +56,7 @@ def filtered(asked, cards):
 
 def check(task, shown=()):
     """Whether an exchange's reply is what its prompt calls for."""
-    notes, _, order = task.tail.rpartition("\n")
-    cards = [*read(notes.removeprefix("Notes: ").removeprefix("Notes:")), *shown]
+    order, cards = task.tail, [*read(task.notes or ""), *shown]
     if "Only" in task.question + order:
         asked = task.question if task.question else order
         assert read(task.reply) == filtered(asked, cards) and not task.answer
@@ -100,9 +99,9 @@ def test_what_a_question_is_about_is_pointed_at():
             task = task or tasks.without_clip(rng, 1.0)
             if not task.question:  # an empty clip without notes is described
                 continue
-            notes = task.tail.removesuffix(tasks.NAME).removeprefix("Notes:").strip()
             found = read(task.reply)
-            assert found == pointed_at(task.question, [*read(notes), *there])
+            assert found == pointed_at(task.question, [*read(task.notes), *there])
+            assert task.tail == tasks.POINT
             assert not task.answer and len(task.options) in (0, 4)
             seen[len(found)] += 1
     assert {0, 1, 2, 3, 4} <= set(seen)
@@ -253,8 +252,32 @@ def test_every_exchange_fits(base_tokenizer):
         times = np.arange(pretrain.FRAMES["clip"]) * 2.0 + 3 * i
         for pointed in (0.0, 1.0):
             task = tasks.with_clip(rng, shown, pointed)
-            row = pretrain.encode(base_tokenizer, task, times, pretrain.CLIP_PREFIX)
-            assert row["length"] <= pretrain.REPLY
+            for task in (task, tasks.marked(rng, task)):
+                row = pretrain.encode(base_tokenizer, task, times, pretrain.CLIP_PREFIX)
+                assert row["length"] <= pretrain.REPLY
+
+
+def test_marks_stand_around_notes_reply_and_answer(base_tokenizer):
+    rng, seen = np.random.default_rng(6), set()
+    for _ in range(300):
+        plain = tasks.without_clip(rng, 0.3)
+        task = tasks.marked(rng, plain)
+        assert dataclasses.replace(task, marks=None) == plain
+        (a, b, c, d), answer = task.marks, f"{task.marks[2]}{task.answer}{task.marks[3]}"
+        row = pretrain.encode(base_tokenizer, task, np.zeros(0), pretrain.TEXT_PREFIX)
+        asked = base_tokenizer.decode(row["tokens"][row["mask"]])
+        assert f"\n{a} {task.notes}{b}\n{task.tail}\nassistant" in asked
+        told = row["reply"][: row["length"] - 1]
+        text = f"{a} {task.reply}{b}" if task.reply else a + b
+        found = base_tokenizer.decode(told).replace(" " + task.answer, task.answer)
+        assert found == text.replace(" " + task.answer, task.answer) + answer * bool(task.answer)
+        # Which marks are an answer's is not to be known.
+        free = base_tokenizer.decode(row["reply"][: row["length"]][row["weight"][: row["length"]] == 0])
+        assert free == (c + d) * bool(task.answer)
+        seen |= {(a, b), (c, d), bool(task.answer), bool(task.reply)}
+    assert seen == {*tasks.MARKS, True, False}
+    described = tasks.of_frames([("red", "cat")])
+    assert tasks.marked(rng, described) == described  # it has no notes to be like
 
 
 def test_what_is_learnt_of_a_talk(base_tokenizer):
@@ -270,8 +293,8 @@ def test_what_is_learnt_of_a_talk(base_tokenizer):
 
 
 def test_an_answer_weighs_more(base_tokenizer):
-    task = tasks.Task("Which card came last?", (), "Notes: red cat\nContinue and answer.", "", "")
-    task = dataclasses.replace(task, reply="red cat", answer="cat")
+    task = tasks.Task(*("Which card came last?", (), "Continue and answer.", "red cat", "cat"))
+    task = dataclasses.replace(task, notes="red cat")
     row = pretrain.encode(base_tokenizer, task, np.zeros(0), pretrain.TEXT_PREFIX)
     (at,) = np.flatnonzero(row["weight"] == pretrain.ANSWER_WEIGHT)
     assert base_tokenizer.decode(row["reply"][[at]]) == "cat" and at == row["length"] - 2

@@ -141,7 +141,7 @@ def test_tags_are_added_where_they_are_not(tokenizer, tmp_path):
     assert all(written.token_to_id(tag) is None for tag in TAGS)
     again = Tokenizer.load(tmp_path)
     assert again.ids == tokenizer.ids
-    assert again.new_tags[again.ids.memory_open] == again.encode("Notes:")
+    assert again.new_tags[again.ids.memory_open] == again.encode("[")
     assert list(again.new_tags) == sorted(specials(again))[-4:]
     again.save(tmp_path)
     assert not Tokenizer.load(tmp_path).new_tags

@@ -33,11 +33,16 @@ class Memory(NamedTuple):
 
 
 class Format(NamedTuple):
-    """What reading and writing a memory needs to know of the tokenizer."""
+    """What reading and writing a memory needs to know of the tokenizer.
+
+    turn_end: ids with which the user's turn ends and the assistant's begins.
+    instruction: ids that stand between the memory and the turn's end.
+    """
 
     grammar: Grammar
     ids: TokenIds
     turn_end: tuple[int, ...]
+    instruction: tuple[int, ...] = ()
 
 
 class Sampling(NamedTuple):
@@ -108,7 +113,7 @@ def context(
         rearrange(memory.tokens, "b k m -> (b k) m"),
         rearrange(memory.length, "b k -> (b k)"),
         form.ids.memory_open,
-        (form.ids.memory_close, *form.turn_end),
+        (form.ids.memory_close, *form.instruction, *form.turn_end),
     )
     return rollout.read(model, prompt, seen)
 
@@ -177,13 +182,15 @@ def hand_on(memory: Memory, parsed: Parsed, chosen: Int[Array, "b k"]) -> Memory
     )
 
 
-# Judges a step: (what the completions say, which segment, key) -> (chosen [b, k], extra).
-Choose = Callable[[Parsed, Int[Array, ""], jax.Array], tuple[Int[Array, "b k"], Any]]
+# Judges a step: (completions, what they say, which segment, key) -> (chosen [b, k], extra).
+Choose = Callable[
+    [rollout.Completions, Parsed, Int[Array, ""], jax.Array], tuple[Int[Array, "b k"], Any]
+]
 
 
-def first_of_each(parsed: Parsed, segment: Int[Array, ""], key: jax.Array):
+def first_of_each(completions, parsed: Parsed, segment: Int[Array, ""], key: jax.Array):
     """The choice where there is nothing to choose: evaluation with one completion."""
-    del segment, key
+    del completions, segment, key
     return jnp.zeros((parsed.length.shape[0], 1), jnp.int32), ()
 
 
@@ -223,7 +230,7 @@ def loop(
             sample_key,
             sampling,
         )
-        chosen, extra = choose(parsed, segment, choose_key)
+        chosen, extra = choose(completions, parsed, segment, choose_key)
         return hand_on(memory, parsed, chosen), Steps(memory, completions, parsed, extra)
 
     inputs = (

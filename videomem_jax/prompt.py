@@ -40,6 +40,11 @@ def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     return (ids.im_end, *newline, ids.im_start, *assistant)
 
 
+def instruction(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of what is said between the memory and the turn's end; none for an empty text."""
+    return tuple(tokenizer.encode(f"\n{text}")) if text else ()
+
+
 def write_prefix(
     tokenizer: Tokenizer,
     question: str,

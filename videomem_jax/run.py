@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from videomem_jax import compiled, grammar, hosts, judge, settings
+from videomem_jax import compiled, grammar, hosts, judge, prompt, settings
 from videomem_jax.data import needle, needle_chains, records, sources
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError
 from videomem_jax.models.qwen3_vl import Qwen3VL
-from videomem_jax.prompt import turn_end
 from videomem_jax.tokenizer import Tokenizer
 
 BASE = pathlib.Path(__file__).parent / "assets" / "tiny_base"
@@ -284,7 +283,8 @@ def make_format(
         forced,
         from_memory=s.prompt.from_memory,
     )
-    return Format(machine, tokenizer.ids, turn_end(tokenizer))
+    told = prompt.instruction(tokenizer, s.prompt.instruction)
+    return Format(machine, tokenizer.ids, prompt.turn_end(tokenizer), told)
 
 
 class Stopwatch:

@@ -19,9 +19,9 @@ from jaxtyping import Bool
 
 from videomem_jax.models.config import ConfigError
 
-# Each tag with a text that stands where it stands in notes without tags: its embedding's start.
+# Each tag with a mark that encloses text as it does: its embedding's start.
 # No two are alike, or the tags would have to be told apart first.
-TAGS = {"<memory>": "Notes:", "</memory>": "\n", "<answer>": "Answer", "</answer>": "."}
+TAGS = {"<memory>": "[", "</memory>": "]", "<answer>": "{", "</answer>": "}"}
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -316,7 +316,8 @@ class VideoMem:
           -1; and the options' log-probabilities, NaN where no answer was begun.
         """
         model, ids = nnx.merge(self._graph, params), self._tokenizer.ids
-        form = mem.Format(grammar, ids, prompts.turn_end(self._tokenizer))
+        told = prompts.instruction(self._tokenizer, self.settings.prompt.instruction)
+        form = mem.Format(grammar, ids, prompts.turn_end(self._tokenizer), told)
         context = mem.context(model, form, prefix, mem.see(model, clip), memory)
         greedy = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
         out, told = mem.write(model, form, context, choices, jax.random.key(0), greedy)

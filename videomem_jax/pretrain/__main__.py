@@ -35,9 +35,9 @@ SIZE, GRID = (64, 96), (4, 6)
 FRAMES = {"pair": 2, "clip": 8}
 CARDS = {"pair": (0.1, 0.9), "clip": (0.1, 0.3, 0.35, 0.25)}
 # Room for a prompt about two frames, a clip, a text; and for a reply.
-PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 116, 54, 14
+PAIR_PREFIX, CLIP_PREFIX, TEXT_PREFIX, REPLY = 36, 116, 54, 17
 TALK_PREFIX, TALK = 32, 96
-# An answer is one token of a reply of up to 13, and the hardest one.
+# An answer is one token of a reply of up to 16, and the hardest one.
 ANSWER_WEIGHT = 3.0
 # Peak learning rates: of matrices under Muon, of all else under Adam.
 MUON_RATE, ADAM_RATE = 3e-2, 3e-3
@@ -54,6 +54,7 @@ class Part:
     texts: exchanges about a text a step.
     talks: texts a step with many exchanges about each.
     pointed: share of exchanges that ask for the cards that a question is about.
+    marked: share of those with notes in which notes and reply stand between marks.
     """
 
     steps: int
@@ -62,6 +63,11 @@ class Part:
     texts: int
     talks: int
     pointed: float = 0.0
+    marked: float = 0.0
+
+    def dressed(self, rng: np.random.Generator, task: tasks.Task) -> tasks.Task:
+        """An exchange of this part, in marks or not."""
+        return tasks.marked(rng, task) if self.marked and rng.random() < self.marked else task
 
 
 # First the tower by itself: updates, and pairs of frames in each.
@@ -77,21 +83,41 @@ COURSES = (
     (1.0, (Part(300, "pair", 64, 12, 32), Part(1300, "clip", 30, 10, 12))),
     (0.6, (Part(900, "clip", 12, 16, 32),)),
     (0.6, (Part(700, "clip", 6, 16, 48),)),
-    (0.6, (Part(600, "clip", 14, 12, 16, pointed=0.5),)),
+    (0.6, (Part(700, "clip", 14, 12, 16, pointed=0.4, marked=0.6),)),
 )
 
 
 def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int):
     """One exchange as arrays: the prompt's prefix with the tail in it, and the reply."""
-    reply = tokenizer.encode_memory(task.reply)
-    weight = [1.0] * len(reply)
+    told, answer = tokenizer.encode_memory(task.reply), []
+    marks = [tokenizer.encode(mark) for mark in task.marks or ()]
+    before, after, line, end = marks or ([], [], tokenizer.encode("\n") if told else [], [])
+    pieces = [(before, 1.0), (told, 1.0), (after, 1.0)]
     if task.answer:
         # As short as it can be told, like options that are answered by their text.
         (answer,) = prompt.answers(tokenizer, [task.answer], "text", 1, 1).tolist()
-        line = tokenizer.encode("\n") if reply else []
-        reply, weight = [*reply, *line, *answer], [*weight, *[1.0] * len(line), ANSWER_WEIGHT]
-    reply, weight = [*reply, tokenizer.ids.im_end], [*weight, 1.0]
+        # An answer's marks are those that its notes have not got: which, cannot be known.
+        known = 0.0 if marks else 1.0
+        pieces += [(line, known), (answer, ANSWER_WEIGHT), (end, known)]
+    pieces.append(([tokenizer.ids.im_end], 1.0))
+    reply = [token for piece, _ in pieces for token in piece]
+    weight = [weight for piece, weight in pieces for _ in piece]
     return encode_reply(tokenizer, task, times, size, reply, weight, REPLY)
+
+
+def encode_tail(tokenizer: Tokenizer, task: tasks.Task) -> list[int]:
+    """What stands between a clip and the turn's end."""
+    if task.notes is None:
+        return tokenizer.encode(task.tail)
+    if task.marks is None:
+        return tokenizer.encode(f"Notes: {task.notes}\n{task.tail}")
+    before, after, *_ = (tokenizer.encode(mark) for mark in task.marks)
+    return [
+        *before,
+        *tokenizer.encode_memory(task.notes),
+        *after,
+        *tokenizer.encode(f"\n{task.tail}"),
+    ]
 
 
 def encode_talk(tokenizer: Tokenizer, notes: str, turns: Sequence[tuple[str, str]]):
@@ -113,7 +139,7 @@ def encode_reply(tokenizer, task, times, size, reply, weight, room):
     asked = (tokenizer, task.question, task.options)
     long = prompt.write_prefix(*asked, times, GRID, 4 * size)
     used = int(long.mask.sum())
-    tail = [*tokenizer.encode(task.tail), *prompt.turn_end(tokenizer)]
+    tail = [*encode_tail(tokenizer, task), *prompt.turn_end(tokenizer)]
     total = used + len(tail)
     if total > size or len(reply) > room:
         raise ValueError(f"an exchange takes {total} + {len(reply)} tokens: raise the sizes")
@@ -144,11 +170,12 @@ def draw(rng: np.random.Generator, tokenizer: Tokenizer, painter: scenes.Painter
         shown = tasks.draw_cards(rng, number)
         scene = painter.scene(rng, shown, FRAMES[part.frames])
         task = tasks.of_frames(shown) if pairs else tasks.with_clip(rng, shown, part.pointed)
+        task = part.dressed(rng, task)
         seen.append(encode(tokenizer, task, scene.times, PAIR_PREFIX if pairs else CLIP_PREFIX))
         patches.append(scene.patches)
+    texts = (tasks.without_clip(rng, part.pointed) for _ in range(part.texts))
     read = [
-        encode(tokenizer, tasks.without_clip(rng, part.pointed), np.zeros((0,)), TEXT_PREFIX)
-        for _ in range(part.texts)
+        encode(tokenizer, part.dressed(rng, task), np.zeros((0,)), TEXT_PREFIX) for task in texts
     ]
     talks = [encode_talk(tokenizer, *tasks.talk(rng)) for _ in range(part.talks)]
     stack = lambda rows: {k: np.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731

@@ -21,13 +21,17 @@ CONTINUE = "Continue."
 ANSWER = "Answer."
 TELL_AND_ANSWER = "Continue and answer."
 NAME = "Name."
+POINT = "Cards."
+# What notes, and an answer, may stand between in place of words that introduce them.
+MARKS = (("[", "]"), ("(", ")"), ("{", "}"), ("<", ">"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One exchange: question and lettered options before the clip, the tail after it.
+    """One exchange: question and lettered options before the clip, notes and the tail after it.
 
-    The reply is that of cards and, on a line of its own, an answer; either may be empty.
+    The reply is that of cards and, on a line of its own, an answer; either may be empty. Where
+    there are `marks`, notes and reply stand between the first two, the answer between the others.
     """
 
     question: str
@@ -35,6 +39,8 @@ class Task:
     tail: str
     reply: str
     answer: str = ""
+    notes: str | None = None
+    marks: tuple[str, str, str, str] | None = None
 
 
 def text(cards: Cards) -> str:
@@ -110,7 +116,15 @@ def _counted(rng: np.random.Generator, colours: Sequence[str]) -> tuple[str, str
     return str(number), str(rng.choice(of_these))
 
 
-def only(rng: np.random.Generator, cards: Cards, before: str) -> Task:
+def marked(rng: np.random.Generator, task: Task) -> Task:
+    """The same exchange with marks, if it has notes: in these the reply is to be like them."""
+    if task.notes is None:
+        return task
+    (a, b), (c, d) = (MARKS[i] for i in rng.permutation(len(MARKS))[:2])
+    return dataclasses.replace(task, marks=(a, b, c, d))
+
+
+def only(rng: np.random.Generator, cards: Cards, notes: str | None) -> Task:
     """Told which colours or pictures to tell of, in place of a question or at the end."""
     which = int(rng.integers(2))
     there = sorted({card[which] for card in cards})
@@ -121,17 +135,17 @@ def only(rng: np.random.Generator, cards: Cards, before: str) -> Task:
     asked = f"Only {' '.join(map(str, rng.permutation(sorted(wanted))))}."
     reply = text([card for card in cards if card[which] in wanted])
     if rng.random() < 0.5:
-        return Task(asked, (), before + CONTINUE, reply)
-    return Task("", (), before + asked, reply)
+        return Task(asked, (), CONTINUE, reply, notes=notes)
+    return Task("", (), asked, reply, notes=notes)
 
 
-def about(rng: np.random.Generator, cards: Cards, before: str, closed: float) -> Task | None:
+def about(rng: np.random.Generator, cards: Cards, notes: str, closed: float) -> Task | None:
     """A question about cards; None where `ask` found none.
 
     Args:
       rng: of all draws.
       cards: that the exchange tells of.
-      before: what the tail begins with.
+      notes: what stands in them.
       closed: share of questions with options. Without them an answer cannot be had by leaving out
         what is not in the notes.
     """
@@ -142,13 +156,13 @@ def about(rng: np.random.Generator, cards: Cards, before: str, closed: float) ->
     options = options if rng.random() < closed else ()
     kind = rng.random()
     if kind < 0.7:
-        return Task(question, options, before + TELL_AND_ANSWER, text(cards), answer)
+        return Task(question, options, TELL_AND_ANSWER, text(cards), answer, notes)
     if kind < 0.8:
-        return Task(question, options, before + ANSWER, "", answer)
-    return Task(question, options, before + NAME, name)
+        return Task(question, options, ANSWER, "", answer, notes)
+    return Task(question, options, NAME, name, notes=notes)
 
 
-def point(rng: np.random.Generator, cards: Cards, before: str) -> Task:
+def point(rng: np.random.Generator, cards: Cards, notes: str) -> Task:
     """A question, and the cards that it is about in place of its answer: none, one or more.
 
     Of what came after a card that is the card itself too, with or without a next one.
@@ -171,7 +185,8 @@ def point(rng: np.random.Generator, cards: Cards, before: str) -> Task:
     else:
         found = list(cards[:1] if kind == "first" else cards[-1:])
         question = f"Which card came {kind}?"
-    return Task(question, options if rng.random() < 0.75 else (), before + NAME, text(found))
+    options = options if rng.random() < 0.75 else ()
+    return Task(question, options, POINT, text(found), notes=notes)
 
 
 def of_frames(shown: Cards) -> Task:
@@ -185,17 +200,16 @@ def with_clip(rng: np.random.Generator, shown: Cards, pointed: float = 0.0) -> T
     notes: Cards = []
     if rng.random() < 0.6:
         notes = draw_cards(rng, int(rng.integers(0, 6 - len(shown))), shown)
-    whole = [*notes, *shown]
-    before = f"Notes: {text(notes)}\n"
+    whole, told = [*notes, *shown], text(notes)
     if pointed and rng.random() < pointed:
-        return point(rng, whole, before)
+        return point(rng, whole, told)
     if kind < 0.1 or not whole:
         return of_frames(shown)
     if kind < 0.2:
-        return Task("", (), before + CONTINUE, text(whole))
+        return Task("", (), CONTINUE, text(whole), notes=told)
     if kind < 0.4:
-        return only(rng, whole, before)
-    return about(rng, whole, before, closed=0.75) or of_frames(shown)
+        return only(rng, whole, told)
+    return about(rng, whole, told, closed=0.75) or of_frames(shown)
 
 
 def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
@@ -221,7 +235,7 @@ def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
             number, colour = _counted(rng, colours)
             turns.append((f"Count {colour}.", number))
         elif kind < 0.65:
-            task = only(rng, cards, "")
+            task = only(rng, cards, None)
             turns.append((task.question or task.tail, task.reply))
         elif asked := ask(rng, cards):
             turns.append((asked[0], asked[2]))
@@ -237,12 +251,12 @@ def _look_up(what: str, pairs: Cards) -> tuple[str, str]:
 def without_clip(rng: np.random.Generator, pointed: float = 0.0) -> Task:
     """An exchange about a text alone; a share of them is `point`."""
     kind, cards = rng.random(), draw_cards(rng, int(rng.integers(1, 6)))
-    before = f"Notes: {text(cards)}\n"
+    notes = text(cards)
     if pointed and rng.random() < pointed:
-        return point(rng, cards, before)
+        return point(rng, cards, notes)
     if kind < 0.25:
-        return only(rng, cards, before)
-    return about(rng, cards, before, closed=0.5) or without_clip(rng)
+        return only(rng, cards, notes)
+    return about(rng, cards, notes, closed=0.5) or without_clip(rng)
 
 
 def corpus(seed: int, lines: int = 4000) -> Iterator[str]:
@@ -257,4 +271,5 @@ def corpus(seed: int, lines: int = 4000) -> Iterator[str]:
         reply = f"{task.reply}\n {task.answer}"
         notes, turns = talk(rng)
         yield "\n".join([notes, *(f"{asked} {found}" for asked, found in turns)])
-        yield f"user\n{task.question}\n{options}{stamp}{task.tail} {reply}\nassistant\n"
+        before = "" if task.notes is None else f"Notes: {task.notes}\n"
+        yield f"user\n{task.question}\n{options}{stamp}{before}{task.tail} {reply}\nassistant\n"
