@@ -27,7 +27,9 @@ from videomem_jax.judged_rollout import JudgedRollout, OpenAnswers
 from videomem_jax.metrics import MetricsWriter, peak_rss_gb
 from videomem_jax.trainer import Trainer, TrainState
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, command_line.CONFIG_HELP, lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, model.")
 _AOT = flags.DEFINE_string(
     "aot",
