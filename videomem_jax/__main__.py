@@ -3,6 +3,7 @@
     python -m videomem_jax.ask             asks a model about a video
     python -m videomem_jax.app             the same in a browser
     python -m videomem_jax.keys            every key of a configuration: default and meaning
+    python -m videomem_jax.picture         a question of a run as a picture
     python -m videomem_jax.compare         pairs two evaluations question by question
     python -m videomem_jax.data.inspect    what is in a folder of videos and questions
     python -m videomem_jax.data.prepare    decodes the frames of a data set once for all
