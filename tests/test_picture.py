@@ -42,6 +42,7 @@ def test_a_right_answer_of_the_last_model_comes_first(run):
     assert picture.pick(run, "coldstart", kind="count")["id"] == "b"
     assert picture.pick(run, kind="count")["id"] == "c"  # none of them is right
     assert picture.pick(run, id="a")["id"] == "a"
+    assert [picture.pick(run, wrong=True, number=n)["id"] for n in (0, 1)] == ["a", "c"]
 
 
 def test_what_is_not_there_is_said(run, tmp_path_factory):
@@ -49,6 +50,8 @@ def test_what_is_not_there_is_said(run, tmp_path_factory):
         picture.pick(run, "base")
     with pytest.raises(ReportError, match="its kinds are what, count, its ids like a"):
         picture.pick(run, kind="first")
+    with pytest.raises(ReportError, match="there are 2 such questions: --number=2"):
+        picture.pick(run, wrong=True, number=2)
     with pytest.raises(ReportError, match="nothing to report"):
         picture.pick(tmp_path_factory.mktemp("empty"))
     with pytest.raises(ReportError, match="must be a .png, .svg or .pdf"):

@@ -3,7 +3,7 @@
     python -m videomem_jax.picture runs/demo --out timeline.png
     python -m videomem_jax.picture runs/demo --model coldstart --kind count --out timeline.svg
 
-Of the questions answered right the first is shown, as in the report; --kind and --id choose.
+Of the questions answered right the first is shown; --wrong, --kind, --number, --id choose others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ _NONE = (_MUTED, "#eceef0", "")
 
 
 def pick(
-    folder: pathlib.Path, model: str | None = None, kind: str | None = None, id: str | None = None
+    folder: pathlib.Path,
+    model: str | None = None,
+    kind: str | None = None,
+    id: str | None = None,
+    wrong: bool = False,
+    number: int = 0,
 ) -> dict:
     """The question to show: a row of an evaluation.
 
@@ -46,9 +51,11 @@ def pick(
       model: the evaluation; by default that of the last trained model.
       kind: of question.
       id: of the question.
+      wrong: look among those answered wrong, in place of right; among all, if there are none.
+      number: of the question among those, from 0.
 
     Raises:
-      ReportError: there is none of that kind.
+      ReportError: there is none such.
     """
     found = report_run.answers(folder)
     named = model or next((name for name in _LAST_FIRST if name in found), next(iter(found)))
@@ -65,8 +72,12 @@ def pick(
             f"{named} was asked no such question; its kinds are {', '.join(kinds)}, its ids like "
             f"{found[named][0].get('id')}."
         )
-    right = [row for row in rows if report_timelines.is_right(row)]
-    return report_timelines.choose(right or rows, 1)[0]
+    rows = [row for row in rows if report_timelines.is_right(row) != wrong] or rows
+    if not 0 <= number < len(rows):
+        raise ReportError(
+            f"there are {len(rows)} such questions: --number={number} is none of them."
+        )
+    return rows[number]
 
 
 def draw(row: Mapping) -> Figure:
@@ -203,11 +214,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="the evaluation: a file of RUN/eval (default: the last)")
     parser.add_argument("--kind", help="of question, such as count")
     parser.add_argument("--id", help="of the question")
+    parser.add_argument("--wrong", action="store_true", help="one that is answered wrong")
+    parser.add_argument("--number", type=int, default=0, metavar="N", help="of those, from 0")
     parser.add_argument("--out", type=pathlib.Path, default="timeline.png", help="the picture")
     given = parser.parse_args(argv)
 
     def work() -> None:
-        row = pick(given.run, given.model, given.kind, given.id)
+        row = pick(given.run, given.model, given.kind, given.id, given.wrong, given.number)
         write(row, given.out)
         print(f"{row.get('id')}: {given.out}")
 

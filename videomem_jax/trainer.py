@@ -27,7 +27,7 @@ from videomem_jax.models import lora
 from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
-from videomem_jax.rewards import Judged, cascading_reward
+from videomem_jax.rewards import Judged, Reward
 
 
 class TrainState(NamedTuple):
@@ -212,6 +212,22 @@ class Trainer:
         worth = rewards.answer_worth(left, right, tcr=p.tcr, discount=p.discount)
         return Goal(right, worth)
 
+    def reward(
+        self, parsed: Parsed, answer: Int[Array, "b g"], goal: Goal, step: Int[Array, ""]
+    ) -> Reward:
+        """What completions earn; arguments as of `judge`. A reward of another kind goes here."""
+        p = self.settings.prpo
+        return rewards.cascading_reward(
+            answer,
+            jnp.broadcast_to(goal.answer[:, None], answer.shape),
+            parsed.well_formed,
+            parsed.length,
+            alpha=p.alpha,
+            beta=self.beta(step) if p.penalty else 0.0,
+            budget=self.settings.memory.budget,
+            worth=goal.worth[:, None],
+        )
+
     def judge(
         self,
         parsed: Parsed,
@@ -233,17 +249,7 @@ class Trainer:
           key: of the draw.
           step: of the phase, which anneals the draw.
         """
-        p = self.settings.prpo
-        reward = cascading_reward(
-            answer,
-            jnp.broadcast_to(goal.answer[:, None], answer.shape),
-            parsed.well_formed,
-            parsed.length,
-            alpha=p.alpha,
-            beta=self.beta(step) if p.penalty else 0.0,
-            budget=self.settings.memory.budget,
-            worth=goal.worth[:, None],
-        )
+        p, reward = self.settings.prpo, self.reward(parsed, answer, goal, step)
         rewarded = None if known is None else known | (goal.worth == 0)[:, None]
         advantages = prpo.group_advantages(reward.total, p.adv_norm, rewarded)
         paths, tau = self.settings.paths, self.tau(step)
