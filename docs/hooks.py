@@ -53,7 +53,10 @@ def _page(name: str) -> str:
 
 def _notebook(path: pathlib.Path) -> str:
     """A notebook as a page of text and code, without its outputs."""
-    return jupytext.writes(jupytext.read(path.with_suffix(".py")), "md").split("---\n", 2)[2]
+    page = jupytext.read(path.with_suffix(".py"))
+    for part in (page, *page.cells):
+        part.metadata = {}
+    return jupytext.writes(page, "md")
 
 
 def _source(name: str) -> str:
