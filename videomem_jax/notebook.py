@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import html
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -138,7 +139,6 @@ def run(*command: object, curves: Sequence[str] = ()) -> str:
     workdir = next((w.partition("=")[2] for w in words if w.startswith("--workdir=")), None)
     process = subprocess.Popen(
         words,
-        text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -154,11 +154,11 @@ def run(*command: object, curves: Sequence[str] = ()) -> str:
         process.send_signal(signal.SIGTERM)
         process.wait()
         output.finish()
-        screen.show(output.tail(), _curves(workdir, curves))
+        screen.show(output.tail(), _curves(workdir, curves), last=True)
         print("stopped; the same cell goes on from there")
         raise
     output.finish()
-    screen.show(output.tail(), _curves(workdir, curves))
+    screen.show(output.tail(), _curves(workdir, curves), last=True)
     if process.returncode:
         raise CommandError(output.last() or f"exit code {process.returncode}")
     return "".join(output.out)
@@ -177,16 +177,17 @@ class _Output:
         for reader in self._readers:
             reader.start()
 
-    def _read(self, stream, kept: list[str]) -> None:
-        while piece := stream.read(1):
+    def _read(self, stream: io.BufferedReader, kept: list[str]) -> None:
+        again = False  # a progress bar begins its line anew with what comes after a "\r"
+        text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
+        while piece := text.read(1):
             kept.append(piece)
             with self._lock:
                 if piece == "\n":
                     self._lines.append("")
-                elif piece == "\r":  # a progress bar begins its line anew
-                    self._lines[-1] = ""
-                else:
-                    self._lines[-1] += piece
+                elif piece != "\r":
+                    self._lines[-1] = piece if again else self._lines[-1] + piece
+                again = piece == "\r"
                 del self._lines[: -4 * _LINES]
 
     def finish(self) -> None:
@@ -205,7 +206,7 @@ class _Output:
 
 
 class _Screen:
-    """A place in the notebook that is written over; in a terminal, what is new."""
+    """A place in the notebook that is written over."""
 
     def __init__(self):
         self._handle, self._shown = None, ""
@@ -215,16 +216,16 @@ class _Screen:
             self._html = HTML
             self._handle = display(HTML(""), display_id=True)
 
-    def show(self, text: str, drawing: str) -> None:
-        if text + drawing == self._shown:
-            return
-        if self._handle is not None:
+    def show(self, text: str, drawing: str, last: bool = False) -> None:
+        """Writes it over what is there; in a terminal, only what is the last."""
+        if self._handle is None:
+            if last:
+                print(text)
+        elif text + drawing != self._shown:
             style = "max-height:22em;overflow:auto;margin:0;font-size:12px;line-height:1.45"
             page = f'<pre style="{style}">{html.escape(text)}</pre>{drawing}'
             self._handle.update(self._html(page))
-        elif text:
-            print(text.rpartition("\n")[2])
-        self._shown = text + drawing
+            self._shown = text + drawing
 
 
 def _in_notebook() -> bool:
