@@ -57,7 +57,7 @@ notebooks-run: $(VENV)-docs/installed
 	rm -rf runs/short-notebooks
 	$(VENV)-docs/bin/python notebooks/build.py check
 	$(VENV)-docs/bin/python notebooks/build.py run quickstart 'RUN = "short-notebooks/quickstart"' \
-	"VIDEOS, COLDSTART_STEPS, PRPO_STEPS = 16, 3, 3" 'FLAGS = [$(SMALL)]'
+	"VIDEOS, COLDSTART_STEPS, PRPO_STEPS = 16, 3, 3"
 	$(VENV)-docs/bin/python notebooks/build.py run prpo_colab_tpu \
 	'RUN = "short-notebooks/colab"' 'MODEL = "videomem_jax/assets/tiny_base"' \
 	"VIDEOS, COLDSTART_STEPS, PRPO_STEPS = 8, 2, 2" 'FLAGS = [$(SMALL), $(TINY)]' \

@@ -64,7 +64,9 @@ def install(root: str | os.PathLike = ".") -> None:
         print(f"installing {wanted.name} into {folder.name}: {', '.join(lacking[:4])} ...")
         _quietly(sys.executable, "-m", "pip", "install", "--quiet", "uv")
         uv = (sys.executable, "-m", "uv")
-        _quietly(*uv, "venv", "--quiet", "--allow-existing", "--python=3.12", str(folder))
+        _quietly(
+            *uv, "venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder)
+        )
         _quietly(*uv, "pip", "install", "--quiet", "--python", str(python), "-r", str(wanted))
         (folder / "installed").touch()
     _python = str(python)
@@ -96,8 +98,14 @@ def missing(file: pathlib.Path) -> list[str]:
     return found
 
 
+def _environment() -> dict[str, str]:
+    """Of a command: without the notebook's own way of drawing, which the command has not got."""
+    kept = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    return kept | {"PYTHONUNBUFFERED": "1"}
+
+
 def _quietly(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:
         said = (done.stderr or done.stdout).strip().rpartition("\n")[2]
         raise CommandError(said.removeprefix("error: "))
@@ -141,7 +149,7 @@ def run(*command: object, curves: Sequence[str] = ()) -> str:
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=_environment(),
         start_new_session=True,  # the notebook's interrupt is not the command's
     )
     output, screen = _Output(process), _Screen()
