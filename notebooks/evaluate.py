@@ -90,7 +90,7 @@ for number in range(FIRST, FIRST + COUNT):
 # test.
 
 # %%
-print(notebook.run("-m", "videomem_jax.compare", RUN_A, RUN_B))
+notebook.run("-m", "videomem_jax.compare", RUN_A, RUN_B)
 
 # %% [markdown]
 # ## Your own numbers

@@ -93,14 +93,15 @@ ask(coldstart / "coldstart_model")
 
 # %%
 prpo = folder / "prpo"
-notebook.run(
+PRPO = [
     *TRAIN,
     f"--workdir={prpo}",
     f"--config.model.weights={coldstart / 'coldstart_model'}",
     "--config.coldstart.steps=0",
     f"--config.prpo.steps={PRPO_STEPS}",
-    curves=("reward", "accuracy/segment_4", "memory_tokens"),
-)
+]
+
+notebook.run(*PRPO, curves=("reward", "accuracy/segment_4", "memory_tokens"))
 
 # %% [markdown]
 # The same question again. A run of this length shows how it goes, not how far: `make demo` is the
@@ -116,16 +117,7 @@ ask(prpo / "model")
 # video.
 
 # %%
-print(
-    notebook.run(
-        "eval.py",
-        *TRAIN[1:],
-        f"--workdir={prpo}",
-        f"--config.model.weights={coldstart / 'coldstart_model'}",
-        "--config.coldstart.steps=0",
-        f"--config.prpo.steps={PRPO_STEPS}",
-    )
-)
+notebook.run("eval.py", *PRPO[1:])
 notebook.page(prpo / "report.html")
 
 # %% [markdown]

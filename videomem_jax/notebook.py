@@ -130,15 +130,12 @@ def weights(name: str, folder: str | os.PathLike) -> str:
 # --- commands ---
 
 
-def run(*command: object, curves: Sequence[str] = ()) -> str:
+def run(*command: object, curves: Sequence[str] = ()) -> None:
     """Runs a command of the project and shows what it writes while it runs.
 
     Args:
       command: what follows "python": a script or "-m" and a module, then arguments.
       curves: metrics to draw as they come, of the folder in "--workdir".
-
-    Returns:
-      What it wrote to standard output.
 
     Raises:
       CommandError: it failed.
@@ -169,27 +166,24 @@ def run(*command: object, curves: Sequence[str] = ()) -> str:
     screen.show(output.tail(), _curves(workdir, curves), last=True)
     if process.returncode:
         raise CommandError(output.last() or f"exit code {process.returncode}")
-    return "".join(output.out)
 
 
 class _Output:
-    """What a process writes: standard output whole, and both as a terminal would show them."""
+    """What a process writes, as a terminal would show it."""
 
     def __init__(self, process: subprocess.Popen):
-        self.out: list[str] = []
         self._lines, self._lock = [""], threading.Lock()
         self._readers = [
-            threading.Thread(target=self._read, args=(stream, kept), daemon=True)
-            for stream, kept in ((process.stdout, self.out), (process.stderr, []))
+            threading.Thread(target=self._read, args=(stream,), daemon=True)
+            for stream in (process.stdout, process.stderr)
         ]
         for reader in self._readers:
             reader.start()
 
-    def _read(self, stream: io.BufferedReader, kept: list[str]) -> None:
+    def _read(self, stream: io.BufferedReader) -> None:
         again = False  # a progress bar begins its line anew with what comes after a "\r"
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
         while piece := text.read(1):
-            kept.append(piece)
             with self._lock:
                 if piece == "\n":
                     self._lines.append("")
@@ -331,11 +325,11 @@ def page(path: str | os.PathLike, height: int = 720) -> None:
     if not _in_notebook():
         print(path)
         return
-    from IPython.display import HTML, display
+    from IPython.display import display
 
     text = html.escape(pathlib.Path(path).read_text())
     style = f"width:100%;height:{height}px;border:1px solid #8884;border-radius:6px"
-    display(HTML(f'<iframe srcdoc="{text}" style="{style}"></iframe>'))
+    display({"text/html": f'<iframe srcdoc="{text}" style="{style}"></iframe>'}, raw=True)
 
 
 def upload(folder: str | os.PathLike) -> None:
