@@ -65,6 +65,24 @@ def test_stopping_a_cell_lets_its_command_save(tmp_path, monkeypatch, capsys):
     assert "the same cell goes on" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a command")
+def test_a_command_ends_with_its_notebook(tmp_path):
+    """Killed outright, a notebook leaves nothing behind that holds the accelerator."""
+    mark = tmp_path / "process"
+    inner = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    outer = f"from videomem_jax import notebook; notebook.run('-c', {inner!r})"
+    process = notebook.subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    status = notebook.pathlib.Path("/proc", mark.read_text(), "status")
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_curves_of_a_run(tmp_path):
     rows = [{"phase": "prpo", "step": i, "reward": i * i} for i in range(1, 4)]
     text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -12,6 +12,7 @@ Stopping a cell stops its command as SIGTERM does: train.py saves, and the same 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import html
 import importlib.metadata
 import io
@@ -29,6 +30,7 @@ from collections.abc import Mapping, Sequence
 _LINES = 14  # of a command's output that are shown
 _SECONDS = 1.0  # from one look at a command to the next
 _COLOURS = ("#cf5420", "#3b78c9", "#1f8a70", "#7c52b8")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _python = sys.executable
 
 
@@ -148,6 +150,7 @@ def run(*command: object, curves: Sequence[str] = ()) -> None:
         stderr=subprocess.PIPE,
         env=_environment(),
         start_new_session=True,  # the notebook's interrupt is not the command's
+        preexec_fn=_end_with_notebook,
     )
     output, screen = _Output(process), _Screen()
     try:
@@ -166,6 +169,15 @@ def run(*command: object, curves: Sequence[str] = ()) -> None:
     screen.show(output.tail(), _curves(workdir, curves), last=True)
     if process.returncode:
         raise CommandError(output.last() or f"exit code {process.returncode}")
+
+
+def _end_with_notebook() -> None:
+    """Lets the kernel of Linux tell the command to stop when the notebook's process ends.
+
+    Else a notebook that is restarted would find the accelerator taken.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Output:
