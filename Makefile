@@ -2,6 +2,8 @@
 # make test   the tests that are quick (make test-slow: the others)
 # make test-lmms  lmms-eval on a folder of the tests (installs it: 3 GB and more)
 # make base   trains the demo's base model anew (its weights are shipped)
+# make docs   the documentation's site, in runs/site (make docs-serve: on this machine's port 8000)
+# make notebooks  the notebooks from their sources (make notebooks-run: runs them, in short)
 # make aot    compiles the large configurations for TPU slices and GPU nodes, which need not be here,
 #             and says whether they fit and what a step costs (make aot-tpu, make aot-gpu: one kind)
 
@@ -11,7 +13,8 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 ARGS ?=
 
-.PHONY: demo test test-slow test-lmms lint base clean aot aot-tpu aot-gpu aot-chip
+.PHONY: demo test test-slow test-lmms lint base clean aot aot-tpu aot-gpu aot-chip \
+	docs docs-serve notebooks notebooks-run
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
@@ -32,6 +35,35 @@ lint: $(VENV)/installed-dev
 
 base: $(VENV)/installed
 	$(RUN) -m videomem_jax.pretrain --out=videomem_jax/assets/tiny_base
+
+# The site's own maker says which versions of it there will be; that is no warning about a page.
+docs: $(VENV)-docs/installed
+	$(VENV)-docs/bin/python docs/config_page.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
+docs-serve: docs
+	$(RUN) -m http.server 8000 --bind 127.0.0.1 --directory runs/site
+
+notebooks: $(VENV)-docs/installed
+	$(VENV)-docs/bin/python notebooks/build.py
+
+# In short, each in a run folder that is new: what is there already would not be run.
+SMALL := "--config.prpo.batch=4", "--config.prpo.group_size=4", "--config.eval.batch=16"
+TINY := "--config.hardware=any", "--config.prompt.frames=4", "--config.prompt.max_pixels=6144", \
+	"--config.prompt.prefix_tokens=128", "--config.memory.slots=10", "--config.memory.budget=4", \
+	"--config.prompt.answer=text", "--config.prompt.options=4", "--config.mesh.fsdp=1", \
+	"--config.mesh.tensor=1"
+notebooks-run: $(VENV)-docs/installed
+	rm -rf runs/short-notebooks
+	$(VENV)-docs/bin/python notebooks/build.py check
+	$(VENV)-docs/bin/python notebooks/build.py run quickstart 'RUN = "short-notebooks/quickstart"' \
+	"VIDEOS, COLDSTART_STEPS, PRPO_STEPS = 16, 3, 3"
+	$(VENV)-docs/bin/python notebooks/build.py run prpo_colab_tpu \
+	'RUN = "short-notebooks/colab"' 'MODEL = "videomem_jax/assets/tiny_base"' \
+	"VIDEOS, COLDSTART_STEPS, PRPO_STEPS = 8, 2, 2" 'FLAGS = [$(SMALL), $(TINY)]' \
+	'ASK = dict(frames=4, max_pixels=6144, slots=10, answer="text")'
+	$(VENV)-docs/bin/python notebooks/build.py run evaluate \
+	'RUN, QUESTIONS = "short-notebooks/evaluate", 16'
 
 # CONFIG@TARGET, the table of what must fit.
 AOT_CHIP := prpo_colab.py@v5e:1x1
@@ -82,4 +114,4 @@ $(VENV)-lmms/installed: requirements.txt requirements-lmms.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lmms $(VENV)-tpu $(VENV)-gpu runs
+	rm -rf $(VENV) $(VENV)-lmms $(VENV)-tpu $(VENV)-gpu $(VENV)-docs runs

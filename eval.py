@@ -19,7 +19,9 @@ from ml_collections import config_flags
 from videomem_jax import command_line, evaluate, hosts, metrics, report, run, settings, sharding
 from videomem_jax.benchmark import evaluation
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, command_line.CONFIG_HELP, lock_config=True
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run that train.py left, or for a benchmark's results."
 )

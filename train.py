@@ -14,6 +14,7 @@ import functools
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from absl import app, flags
@@ -27,7 +28,9 @@ from videomem_jax.judged_rollout import JudgedRollout, OpenAnswers
 from videomem_jax.metrics import MetricsWriter, peak_rss_gb
 from videomem_jax.trainer import Trainer, TrainState
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, command_line.CONFIG_HELP, lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, model.")
 _AOT = flags.DEFINE_string(
     "aot",
@@ -182,7 +185,7 @@ def prpo(phase: Phase) -> TrainState:
     return phase.done()
 
 
-def train(config, workdir_flag: str) -> None:
+def train(config, workdir_flag: str, make_trainer: Callable[..., Trainer] = Trainer) -> None:
     """The whole run."""
     began = time.perf_counter()
     s = settings.freeze(config)
@@ -229,7 +232,7 @@ def train(config, workdir_flag: str) -> None:
             elif steps:
                 with watch(name):
                     batch = s.coldstart.batch if name == "coldstart" else s.prpo.batch
-                    trainer = Trainer(loaded.model, loaded.form, s, mesh, name)
+                    trainer = make_trainer(loaded.model, loaded.form, s, mesh, name)
                     phase = Phase(
                         name,
                         s,
@@ -255,10 +258,11 @@ def train(config, workdir_flag: str) -> None:
     writer.close()
     watch.most("peak_rss_gb", peak_rss_gb())
     watch.add("train", time.perf_counter() - began)
-    print(f"model in {exports['prpo']}; next: python eval.py with the same --config and --workdir")
+    last = exports["prpo" if s.prpo.steps else "coldstart"]
+    print(f"model in {last}; next: python eval.py with the same --config and --workdir")
 
 
-def main(argv):
+def main(argv, make_trainer: Callable[..., Trainer] = Trainer):
     """Checks the flags, then trains."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
@@ -270,10 +274,16 @@ def main(argv):
             s = settings.freeze(config)
             aot.check(s, _AOT.value, pathlib.Path(workdir), _AOT_STEPS.value)
         else:
-            train(config, workdir)
+            train(config, workdir, make_trainer)
 
     command_line.entry(work)
 
 
+def start(make_trainer: Callable[..., Trainer] = Trainer) -> None:
+    """The command; with a trainer of one's own, see docs/extending.md."""
+    work = functools.partial(main, make_trainer=make_trainer)
+    app.run(work, flags_parser=command_line.parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    start()

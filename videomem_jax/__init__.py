@@ -4,7 +4,9 @@ from videomem_jax import VideoMem
 VideoMem.from_pretrained("model").ask("film.mp4", "Who opens the door?", ["Ann", "Bo"])
 """
 
-__all__ = ["VideoMem"]
+__all__ = ["VideoMem", "__version__"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

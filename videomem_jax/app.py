@@ -176,7 +176,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on")
     parser.add_argument("--port", type=int, help="to serve on (default: the first free from 7860)")
-    parser.add_argument("--max-mb", type=int, default=2000, help="largest upload, in megabytes")
+    parser.add_argument(
+        "--max-mb", type=int, default=2000, metavar="MB", help="of an upload (2000)"
+    )
     return parser.parse_args(argv)
 
 

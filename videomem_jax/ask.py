@@ -74,7 +74,7 @@ def model_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = model_parser("videomem_jax.ask", __doc__)
     parser.add_argument("video", help="a file")
-    parser.add_argument("question")
+    parser.add_argument("question", help="in words")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="to choose the answer from")
     parser.add_argument(
         "--segments",

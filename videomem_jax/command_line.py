@@ -8,11 +8,12 @@ import errno
 import logging
 import os
 import pathlib
+import re
 import runpy
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_dict
 
 from videomem_jax import hosts, llm
@@ -23,6 +24,11 @@ from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError
 from videomem_jax.prompt import PromptError
 from videomem_jax.report_run import ReportError
+
+CONFIG_HELP = (
+    "File of the configuration, such as configs/demo.py. --config.KEY=VALUE changes a key; "
+    "python -m videomem_jax.keys lists them all."
+)
 
 # Errors whose message is a sentence for the user; anything else is a bug and keeps its trace.
 SAID = (
@@ -82,7 +88,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {_wrong_value(argv, str(error))}", file=sys.stderr)
+        sys.exit(2)
     except (AttributeError, KeyError):  # what ml_collections raises for such a key
         names = [arg.lstrip("-").split("=")[0] for arg in argv]
         for name in names:
@@ -98,6 +107,20 @@ def parse_flags(argv: list[str]) -> list[str]:
                     sys.exit(2)
                 inside = inside[part]
         raise
+
+
+def _wrong_value(argv: list[str], said: str) -> str:
+    """What absl says of a flag; of a key's value, what it must be."""
+    match = re.match(r"flag --(config\.([\w.]+))=(.*?): ", said, re.DOTALL)
+    inside = _file_config(argv) if match else None
+    for part in match[2].split(".") if match else ():
+        inside = inside[part] if isinstance(inside, config_dict.ConfigDict) else None
+    if inside is None:
+        return " ".join(said.split())
+    if isinstance(inside, config_dict.ConfigDict):
+        return f"{match[1]} is a part of the keys: give one of them, {', '.join(inside)}"
+    kind = type(inside).__name__
+    return f"{match[1]}={match[3]} must be of type {kind}, such as {inside!r}"
 
 
 def _file_config(argv: list[str]) -> config_dict.ConfigDict | None:

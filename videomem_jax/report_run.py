@@ -112,6 +112,25 @@ def read(workdir: Path) -> Run:
     return Run(workdir.resolve().name, summary, by_step, evals, notes)
 
 
+def answers(folder: Path) -> dict[str, list[dict]]:
+    """The evaluated questions of a run's or a benchmark's folder, by evaluation.
+
+    Those of a run are called as in eval/; those of a benchmark by their number of segments.
+
+    Raises:
+      ReportError: there are none.
+    """
+    if (folder / "samples.jsonl").is_file():
+        found: dict[str, list[dict]] = defaultdict(list)
+        for row in _rows(folder / "samples.jsonl", report_timelines.is_item, []):
+            found[f"{len(row['steps'])} segments"].append(row)
+    else:
+        found = read(folder).evals
+    if not found:
+        raise ReportError(f"{folder} has no evaluated questions: run eval.py on it first.")
+    return dict(found)
+
+
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     """The object of a JSON file; empty, with a note if it is there, where it cannot be read."""
     try:

@@ -169,6 +169,18 @@ def _verdict(answer: str | None, gold: str | None) -> str:
 
 def frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
     """Frames of each segment as data URIs with time and label; or none, and a sentence why."""
+    found, trouble = images(row)
+    return [
+        [
+            {"uri": _jpeg(frame["image"]), "time": frame["time"], "label": frame["label"]}
+            for frame in clip
+        ]
+        for clip in found
+    ], trouble
+
+
+def images(row: Mapping) -> tuple[list[list[dict]], str | None]:
+    """As `frames`, but as arrays [height, width, 3]: of each, image, time and label."""
     cards = [card for card in row.get("cards") or [] if isinstance(card, dict) and "time" in card]
     picked = [frame_times(step.get("times") or [], cards, _FRAMES) for step in row["steps"]]
     times = sorted({time for clip in picked for time in clip})
@@ -178,12 +190,12 @@ def frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
         decoder = Decoder(_LIMITS.time_limit, _LIMITS.decoder_mb)
         info = decoder.probe(row["video"])
         height = max(1, round(_FRAME_WIDTH * info.height / info.width))
-        images = decoder.frames(row["video"], times, (height, _FRAME_WIDTH))
+        found = decoder.frames(row["video"], times, (height, _FRAME_WIDTH))
     except (VideoError, OSError) as error:
         return [], f"The frames cannot be shown. {error}"
-    uris = {time: _jpeg(image) for time, image in zip(times, images, strict=True)}
+    at = dict(zip(times, found, strict=True))
     return [
-        [{"uri": uris[time], "time": clock(time), "label": _label(time, cards)} for time in clip]
+        [{"image": at[time], "time": clock(time), "label": _label(time, cards)} for time in clip]
         for clip in picked
     ], None
 

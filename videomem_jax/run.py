@@ -240,7 +240,8 @@ def check_weights(s: settings.Settings) -> None:
         if not (folder / name).is_file():
             raise ConfigError(
                 f"config.model.weights={s.model.weights!r}: {folder / name} does not exist: give "
-                f"the folder of a Hugging Face model"
+                f"the folder of a Hugging Face model, such as hf download NAME --local-dir FOLDER "
+                f"leaves"
             )
 
 

@@ -34,7 +34,7 @@ class Model:
     weights: str = ""  # folder in Hugging Face's layout; "" is the tiny base model shipped here
     dtype: str = "float32"  # of the activations: float32 or bfloat16
     param_dtype: str = "float32"  # of the parameters; bfloat16 where only adapters are trained
-    remat: str = "none"  # what of a layer is computed again: none, all, or all but its "attention"
+    remat: str = "none"  # recomputed of a layer: none, all, or all but "attention" or "products"
     attention: str = "auto"  # auto (what the hardware has), xla, splash (TPU) or cudnn (GPU)
     chunk: int = 64  # positions of a completion whose logits exist at once
     lora_rank: int = 0  # train adapters of this rank in place of the weights; 0 trains the weights
@@ -51,7 +51,7 @@ class Data:
     # One data set or several with weights, "VideoMarathon=3, own.jsonl=1": see data/sources.py.
     train: str = "train.jsonl"  # PRPO's records
     coldstart: str = "coldstart.jsonl"  # records with chains of memory
-    # Filters of both. Names may have wildcards and be several: "temporality/*, scene/mc".
+    # Of both phases; may have wildcards and be several: "temporality/*, scene/mc".
     kinds: str = ""  # values of `category` that are taken; "" for all
     sources: str = ""  # values of `source` that are taken; "" for all
     min_duration: float = 0.0  # seconds of video; videos that are shorter are left out

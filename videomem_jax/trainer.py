@@ -27,7 +27,7 @@ from videomem_jax.models import lora
 from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
-from videomem_jax.rewards import Judged, cascading_reward
+from videomem_jax.rewards import Judged, Reward
 
 
 class TrainState(NamedTuple):
@@ -214,6 +214,22 @@ class Trainer:
         worth = rewards.answer_worth(left, right, tcr=p.tcr, discount=p.discount)
         return Goal(right, worth)
 
+    def reward(
+        self, parsed: Parsed, answer: Int[Array, "b g"], goal: Goal, step: Int[Array, ""]
+    ) -> Reward:
+        """What completions earn; arguments as of `judge`. A reward of another kind goes here."""
+        p = self.settings.prpo
+        return rewards.cascading_reward(
+            answer,
+            jnp.broadcast_to(goal.answer[:, None], answer.shape),
+            parsed.well_formed,
+            parsed.length,
+            alpha=p.alpha,
+            beta=self.beta(step) if p.penalty else 0.0,
+            budget=self.settings.memory.budget,
+            worth=goal.worth[:, None],
+        )
+
     def judge(
         self,
         completions: rollout.Completions,
@@ -237,24 +253,18 @@ class Trainer:
           key: of the draw.
           step: of the phase, which anneals the draw.
         """
-        p = self.settings.prpo
-        wanted, worth = jnp.broadcast_to(goal.answer[:, None], answer.shape), goal.worth[:, None]
-        reward = cascading_reward(
-            answer,
-            wanted,
-            parsed.well_formed,
-            parsed.length,
-            alpha=p.alpha,
-            beta=self.beta(step) if p.penalty else 0.0,
-            budget=self.settings.memory.budget,
-            worth=worth,
-        )
+        p, reward = self.settings.prpo, self.reward(parsed, answer, goal, step)
         total = earned = reward.total
         if p.expected:
             whole = lambda a: a.reshape(*answer.shape, *a.shape[2:])  # noqa: E731
-            chances = jnp.exp(whole(completions.options))
-            ended = whole(completions.state) == State.DONE
-            total = rewards.expected(reward, chances, wanted, ended, alpha=p.alpha, worth=worth)
+            total = rewards.expected(
+                reward,
+                jnp.exp(whole(completions.options)),
+                jnp.broadcast_to(goal.answer[:, None], answer.shape),
+                whole(completions.state) == State.DONE,
+                alpha=p.alpha,
+                worth=goal.worth[:, None],
+            )
         rewarded = None if known is None else known | (goal.worth == 0)[:, None]
         advantages = prpo.group_advantages(total, p.adv_norm, rewarded)
         paths, tau = self.settings.paths, self.tau(step)

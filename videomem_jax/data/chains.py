@@ -1,4 +1,4 @@
-"""Writes chains of memory for the cold start, with models that are already there.
+r"""Writes chains of memory for the cold start, with models that are already there.
 
     python -m videomem_jax.data.chains DATA/train.jsonl --model Qwen3-VL-8B-Instruct \
         --vlm http://localhost:8000/v1 --vlm-model Qwen/Qwen3-VL-32B-Instruct \

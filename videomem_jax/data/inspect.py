@@ -298,12 +298,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Looks through the data that the command line names."""
     parser = command_line.parser_of("videomem_jax.data.inspect", __doc__)
     parser.add_argument("path", type=Path, help="folder or file of data")
-    parser.add_argument("--videos", type=int, default=100, help="how many to decode (100)")
-    parser.add_argument("--examples", type=int, default=6, help="records on the page (6)")
-    parser.add_argument("--page", default="inspect.html", help='the page; "" for none')
-    parser.add_argument("--time_limit", type=float, default=60.0, help="seconds a video (60)")
-    parser.add_argument("--decoder_mb", type=int, default=4096, help="memory a video (4096)")
-    parser.add_argument("--allow_outside", action="store_true", help="follow paths out of a set")
+    for name, default, metavar, text in (
+        ("videos", 100, "N", "videos to decode (100)"),
+        ("examples", 6, "N", "records on the page (6)"),
+        ("page", "inspect.html", "FILE", 'the page (inspect.html); "" for none'),
+        ("time-limit", 60.0, "SECONDS", "that decoding a video may take (60)"),
+        ("decoder-mb", 4096, "MB", "of memory that it may take (4096)"),
+    ):
+        kind = type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    parser.add_argument("--allow-outside", action="store_true", help="follow paths out of a set")
     given = parser.parse_args(argv)
 
     def work() -> None:

@@ -39,7 +39,9 @@ from videomem_jax.data.sampling import Wanted
 from videomem_jax.data.video import VideoError
 from videomem_jax.models.config import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, command_line.CONFIG_HELP, lock_config=True
+)
 _OUT = flags.DEFINE_string("out", None, "Folder for the frames.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Videos that are decoded at a time.")
 _STORAGE = flags.DEFINE_enum("storage", "lossless", prepared.STORAGES, "How frames are written.")

@@ -27,7 +27,8 @@ from videomem_jax.data.record_table import RecordTable, open_table
 from videomem_jax.data.records import Record, RecordError, Skipped
 
 CACHE = "~/.cache/videomem_jax"
-_FOREIGN = {"VideoMarathon": videomarathon, "LLaVA-Video-178K": llava_video}
+# Forms of data sets that are not records, by name: what finds, places and reads their files.
+FORMS = {"VideoMarathon": videomarathon, "LLaVA-Video-178K": llava_video}
 
 
 def form_of(path: str | os.PathLike) -> str:
@@ -35,7 +36,7 @@ def form_of(path: str | os.PathLike) -> str:
     path = Path(path)
     if path.suffix == ".jsonl" and path.is_file():
         return "records"
-    return next((name for name, form in _FOREIGN.items() if form.find_files(path)), "")
+    return next((name for name, form in FORMS.items() if form.find_files(path)), "")
 
 
 def open_records(
@@ -61,10 +62,9 @@ def open_records(
     if not name:
         what = "is no data set of a known form" if path.exists() else "does not exist"
         raise RecordError(
-            f"{path} {what}: give a .jsonl of records, or the folder of VideoMarathon or "
-            f"LLaVA-Video-178K."
+            f"{path} {what}: give a .jsonl of records, or the folder of {' or '.join(FORMS)}."
         )
-    form = _FOREIGN[name]
+    form = FORMS[name]
     files, root = form.find_files(path), form.root(path)
     rows = form.read(path, files)
     table = open_table(files, root, rows, cache or CACHE, allow_outside)

@@ -6,7 +6,6 @@ model.safetensors, tokenizer.json) like that of any other weights.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -21,7 +20,7 @@ import optax
 from flax import nnx
 from tqdm import trange
 
-from videomem_jax import prompt
+from videomem_jax import command_line, prompt
 from videomem_jax.data import video
 from videomem_jax.models import convert, layers
 from videomem_jax.models.config import Qwen3VLConfig
@@ -378,7 +377,7 @@ def train(part: Part, begin: int, state, frozen, step, right, painter, tokenizer
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.parser_of("videomem_jax.pretrain", __doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the base model")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tasks and order")
     given = parser.parse_args()

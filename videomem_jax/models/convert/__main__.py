@@ -4,8 +4,10 @@
     python -m videomem_jax.models.convert to-orbax DIR runs/new/checkpoints/prpo --config FILE
     python -m videomem_jax.models.convert merge-lora DIR ADAPTER OUT
 
-An entry, like train.py, and not imported by the package: it alone knows runs and checkpoints.
+COMMAND --help says what each takes.
 """
+
+# An entry, like train.py, and not imported by the package: it alone knows runs and checkpoints.
 
 from __future__ import annotations
 
@@ -157,7 +159,7 @@ def merge_lora(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    whole = argparse.ArgumentParser(prog="python -m videomem_jax.models.convert")
+    whole = command_line.parser_of("videomem_jax.models.convert", __doc__)
     parts = whole.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, function, *folders):
