@@ -1,5 +1,7 @@
 """From records to batches, through grain: seek, decode, resize, patchify, tokenise.
 
+A record's clips are frames of its video, or parts of its text.
+
 Every record becomes one row of a `Batch` of fixed shapes. Order and position are grain's, so an
 iterator's state can be saved and restored exactly. A record whose video cannot be used is skipped,
 counted by cause and named; it never stops a run.
@@ -26,13 +28,20 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
+from videomem_jax.data import texts
 from videomem_jax.data.clip import make_clips
 from videomem_jax.data.frames import Frames
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError
 from videomem_jax.data.sources import Mixture
 from videomem_jax.data.video import VideoError
 from videomem_jax.hosts import Reader
-from videomem_jax.prompt import PromptError, answers, memory_ids, write_prefix
+from videomem_jax.prompt import (
+    PromptError,
+    answers,
+    memory_ids,
+    write_prefix,
+    write_text_prefix,
+)
 from videomem_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -64,7 +73,7 @@ class Loader:
       tokenizer: of the model.
       settings: of the run.
       segments: clips a video is cut into.
-      blind: whether frames are grey and show nothing.
+      blind: whether clips show nothing: frames are grey, texts empty.
       chains: whether chains of memory are of use, as in the cold start; else they are ignored.
     """
 
@@ -81,7 +90,9 @@ class Loader:
         self._frames = Frames(settings, segments)
 
     def times(self, record: Record) -> np.ndarray:
-        """Sampling times [t, f] of a record's clips in seconds."""
+        """Sampling times [t, f] of a record's clips in seconds; of a text, `texts.Text.spans`."""
+        if texts.is_text(record.video):
+            return texts.read(record, self.segments).spans
         return self._frames.times(record)
 
     def __call__(self, index: int, record: Record) -> Batch:
@@ -90,10 +101,7 @@ class Loader:
         Raises:
           VideoError, PromptError, ConfigError: one sentence on what cannot be used.
         """
-        times, frames, _ = self._frames.read(record)
-        if self.blind:
-            frames = np.full_like(frames, 127)
-        prefix, clip = self._shown(frames, times, self._asked(record))
+        times, prefix, clip = self._seen(record)
         return Batch(
             prefix=prefix,
             clip=clip,
@@ -110,7 +118,7 @@ class Loader:
         sizes = self.settings.prompt
         times = np.zeros((self.segments, sizes.frames))
         frames = np.zeros((times.size, 32, 32, 3), np.uint8)
-        prefix, clip = self._shown(frames, times, ("", ()))
+        prefix, clip = self._frames_of(frames, times, ("", ()))
         choices = answers(self.tokenizer, (), "text", sizes.options, sizes.answer_tokens)
         return Batch(
             prefix=prefix,
@@ -123,13 +131,41 @@ class Loader:
             real=np.bool_(False),
         )
 
-    def _shown(
+    def _seen(self, record: Record) -> tuple[np.ndarray, Prefix, Clip]:
+        """What the model sees of a record, [t, ...], and `times` of it."""
+        sizes, asked = self.settings.prompt, self._asked(record)
+        if texts.is_text(record.video):
+            parts, spans = texts.read(record, self.segments)
+            return spans, *self._texts_of(["" if self.blind else part for part in parts], asked)
+        if not sizes.frames:
+            raise BadRecord(
+                "no text",
+                f"{record.video} is no text ({', '.join(texts.SUFFIXES)}), but with "
+                f"config.prompt.frames=0 only texts are read.",
+            )
+        times, frames, _ = self._frames.read(record)
+        if self.blind:
+            frames = np.full_like(frames, 127)
+        return times, *self._frames_of(frames, times, asked)
+
+    def _texts_of(
+        self, parts: Sequence[str], asked: tuple[str, Sequence[str]]
+    ) -> tuple[Prefix, Clip]:
+        """What the model sees of texts. Their frames, if videos are read too, are in no prompt."""
+        sizes = self.settings.prompt
+        room = sizes.prefix_tokens
+        prefixes = [write_text_prefix(self.tokenizer, *asked, part, room) for part in parts]
+        prefix = jax.tree.map(lambda *a: np.stack(a), *prefixes)
+        frames = np.zeros((self.segments * sizes.frames, 32, 32, 3), np.uint8)
+        return prefix, make_clips(frames, self.segments, sizes.max_pixels)
+
+    def _frames_of(
         self,
         frames: UInt8[np.ndarray, "tf h w 3"],
         times: Float[np.ndarray, "t f"],
         asked: tuple[str, Sequence[str]],
     ) -> tuple[Prefix, Clip]:
-        """What the model sees, [t, ...]."""
+        """What the model sees of frames."""
         sizes = self.settings.prompt
         height, width = frames.shape[1:3]
         prefixes = [

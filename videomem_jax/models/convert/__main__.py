@@ -3,6 +3,7 @@
     python -m videomem_jax.models.convert to-hf runs/demo/checkpoints/prpo OUT
     python -m videomem_jax.models.convert to-orbax DIR runs/new/checkpoints/prpo --config FILE
     python -m videomem_jax.models.convert merge-lora DIR ADAPTER OUT
+    python -m videomem_jax.models.convert from-gguf FILE OUT
 
 An entry, like train.py, and not imported by the package: it alone knows runs and checkpoints.
 """
@@ -26,6 +27,7 @@ from videomem_jax import command_line, export, run, settings, sharding
 from videomem_jax.checkpoint import CheckpointError, Checkpoints, steps_in, trained_parameters
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
+from videomem_jax.models.convert import gguf
 from videomem_jax.models.convert.read import open_tensors
 from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.tokenizer import Tokenizer
@@ -155,6 +157,12 @@ def merge_lora(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.model} with {changed} matrices of {args.adapter} merged")
 
 
+def from_gguf(args: argparse.Namespace) -> None:
+    """Writes a GGUF file of a Llama or Qwen3 as a Hugging Face folder."""
+    gguf.convert(args.file, args.out, jnp.dtype(args.dtype or "float32"))
+    print(f"{args.out}: the model of {args.file}")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     whole = argparse.ArgumentParser(prog="python -m videomem_jax.models.convert")
@@ -177,7 +185,8 @@ def parser() -> argparse.ArgumentParser:
     three = command(
         "merge-lora", merge_lora, ("model", hf), ("adapter", "folder of peft"), ("out", out)
     )
-    for part in (one, three):
+    four = command("from-gguf", from_gguf, ("file", "of llama.cpp's format"), ("out", out))
+    for part in (one, three, four):
         part.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all")
     return whole
 
