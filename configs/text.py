@@ -17,29 +17,30 @@ def get_config():
     config.model.lora_rank = 16
     config.data.task = "facts"
     config.data.folder = "runs/facts"
-    config.data.train_videos = 400
-    config.data.test_videos = 25
-    config.data.long_videos = 10
+    config.data.train_videos = 100
+    config.data.test_videos = 15
+    config.data.long_videos = 5
     config.data.test_long = "test_long.jsonl"
-    config.data.chain_cards = 5
+    config.data.sentences = 8
+    config.data.chain_cards = 4
     config.data.chain_keep = 0.9
-    # A clip of 12 sentences has about 150 tokens, question and options about 35.
+    # Question, options and a clip of 8 sentences have 110 tokens, and 125 at most.
     config.prompt.frames = 0
-    config.prompt.prefix_tokens = 256
+    config.prompt.prefix_tokens = 136
     config.prompt.answer = "text"
     config.prompt.options = 4
     # Else the last answer can be read off the prompt, and no reward asks to keep what it needs.
     config.prompt.answer_from = "memory"
-    # A fact takes 3 tokens with its comma. A story tells 12: 6 fit, and more than 2 cost.
-    config.memory.slots = 20
+    # A fact takes 3 tokens with its comma. A story tells 12: 4 fit, and more than 2 cost.
+    config.memory.slots = 12
     config.memory.budget = 6
-    config.coldstart.steps = 60
-    config.coldstart.batch = 8
-    config.coldstart.accumulate = 4
+    config.coldstart.steps = 50
+    config.coldstart.batch = 4
+    config.coldstart.accumulate = 1
     config.coldstart.answer_weight = 4.0
     config.coldstart.optimizer.learning_rate = 1e-3
     config.prpo.steps = 40
-    config.prpo.batch = 8
+    config.prpo.batch = 4
     config.prpo.group_size = 8
     config.prpo.accumulate = 4
     # As in the film's task, configs/demo.py.
@@ -53,5 +54,5 @@ def get_config():
     config.prpo.tau_0 = 0.5
     config.prpo.optimizer.learning_rate = 3e-4
     config.eval.batch = 20
-    config.checkpoints.every = 10
+    config.checkpoints.every = 5
     return config

@@ -90,7 +90,9 @@ class Tokenizer:
             raise ConfigError(f"{path} cannot be read as a tokenizer ({error})") from None
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, specials: tuple[str, ...] = SPECIALS
+    ) -> Tokenizer:
         """Learns a small tokenizer of the same kind: byte-level BPE, split as Qwen splits."""
         inner = tokenizers.Tokenizer(tokenizers.models.BPE())
         split = tokenizers.Regex(
@@ -103,12 +105,12 @@ class Tokenizer:
         )
         inner.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIALS) - len(TAGS),
+            vocab_size=vocab_size - len(specials) - len(TAGS),
             initial_alphabet=sorted(pre.ByteLevel.alphabet()),
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
-        inner.add_special_tokens(list(SPECIALS))
+        inner.add_special_tokens(list(specials))
         return cls(inner)
 
     def save(self, folder: str | pathlib.Path, tags: bool = True) -> None:
