@@ -58,7 +58,12 @@ def llama(stories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     texts = [path.read_text() for path in (stories / "test").glob("*.txt")]
     # Every name and thing is one token.
-    words = [f" {word}" for kind in (story.NAMES, story.THINGS) for part in kind.values() for word in part]
+    words = [
+        f" {word}"
+        for kind in (story.NAMES, story.THINGS)
+        for part in kind.values()
+        for word in part
+    ]
     tokenizer = Tokenizer.train([*texts, *9 * words], 1024, specials=CHAT)
     text = TextConfig(
         vocab_size=1024,
@@ -188,7 +193,13 @@ def test_cold_start_prpo_and_evaluation(flags, command, tmp_path):
     code, out, err = command("eval.py", *flags, f"--workdir={tmp_path}")
     assert code == 0, err
     summary = json.loads((tmp_path / "summary.json").read_text())
-    for name, count in {"base": 8, "coldstart": 8, "prpo": 8, "blind": 8, "prpo_8_segments": 4}.items():
+    for name, count in {
+        "base": 8,
+        "coldstart": 8,
+        "prpo": 8,
+        "blind": 8,
+        "prpo_8_segments": 4,
+    }.items():
         assert summary["accuracy"][name]["n"] == count
     assert summary["format_rate"]["base"] == 1
     page = (tmp_path / "report.html").read_text()

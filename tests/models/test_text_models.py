@@ -34,7 +34,9 @@ def test_round_trip(tmp_path, qk_norm):
     convert.save_pretrained(model, tmp_path)
     again = convert.load_pretrained(tmp_path)
     assert again.config == model.config and again.visual is None
-    for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (model, again)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (model, again)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     convert.save_pretrained(again, tmp_path / "again", source=tmp_path)
     for name in ("config.json", "model.safetensors"):
@@ -44,7 +46,9 @@ def test_round_trip(tmp_path, qk_norm):
 def test_clips_of_text_have_no_features():
     scene = scenes.draw_text(0, False)
     model = scenes.random_model(scene.config)
-    features = model.see(*(np.zeros(shape, np.int32) for shape in ((3, 0, 4, 8), (3, 4, 2), (3, 2))))
+    features = model.see(
+        *(np.zeros(shape, np.int32) for shape in ((3, 0, 4, 8), (3, 4, 2), (3, 2)))
+    )
     d = scene.config.text.hidden_size
     assert features.embeds.shape == (3, 0, d) and features.deepstack.shape == (0, 3, 0, d)
     positions = scene.positions()

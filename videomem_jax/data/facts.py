@@ -248,8 +248,6 @@ def write_chains(
             rng = np.random.default_rng([0, index, number])
             memories, answers = chain(record, rng, segments, most, keep)
             name = f"{record.id}-chain{number}"
-            made.append(
-                dataclasses.replace(record, id=name, memories=memories, answers=answers)
-            )
+            made.append(dataclasses.replace(record, id=name, memories=memories, answers=answers))
     records.write_records(path, made)
     return path

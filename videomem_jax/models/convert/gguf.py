@@ -62,7 +62,9 @@ def convert(file: str | os.PathLike, folder: str | os.PathLike, dtype=np.float32
     try:
         import gguf
     except ImportError:
-        raise ConfigError("reading a GGUF file needs: pip install -r requirements-gguf.txt") from None
+        raise ConfigError(
+            "reading a GGUF file needs: pip install -r requirements-gguf.txt"
+        ) from None
     folder = pathlib.Path(folder)
     try:
         reader = gguf.GGUFReader(file)
@@ -135,9 +137,11 @@ def _config(
         num_key_value_heads=size("attention.head_count_kv", heads),
         head_dim=head,
         # Kept as a float32: the nearest short decimal is what was meant.
-        rms_norm_eps=float(np.format_float_positional(
-            np.float32(size("attention.layer_norm_rms_epsilon")), unique=True
-        )),
+        rms_norm_eps=float(
+            np.format_float_positional(
+                np.float32(size("attention.layer_norm_rms_epsilon")), unique=True
+            )
+        ),
         rope_theta=float(size("rope.freq_base", 1e4)),
         mrope_section=(head // 2, 0, 0),
         tie_word_embeddings="output.weight" not in stored,
