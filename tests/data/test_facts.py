@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 import re
 from collections import Counter
 
@@ -42,7 +43,7 @@ def told(text):
 
 def test_every_question_is_answered_by_its_text(splits):
     for record in itertools.chain(*splits.values()):
-        text = open(record.video, encoding="utf-8", newline="").read()
+        text = pathlib.Path(record.video).read_bytes().decode()
         found = told(text)
         assert found == [(f["name"], f["thing"], f["place"]) for f in record.meta["facts"]]
         things, about = {name: thing for name, thing, _ in found}, record.meta["about"]
@@ -60,7 +61,7 @@ def test_every_question_is_answered_by_its_text(splits):
 def test_a_fact_lies_whole_in_the_segment_that_is_named(splits):
     for name, found in splits.items():
         for record in found[::4]:
-            read = texts.read(record, SPECS[name].segments)
+            read = texts.read(record.video, SPECS[name].segments)
             for fact, (name_, thing, _) in zip(
                 record.meta["facts"], told("".join(read.clips)), strict=True
             ):
@@ -97,7 +98,7 @@ def test_training_and_test_share_nothing(splits):
         words, sentences = set(), set()
         for record in splits[split]:
             words |= {f[key] for f in record.meta["facts"] for key in ("name", "thing")}
-            sentences |= set(re.findall(r"[^.]+\.", open(record.video, encoding="utf-8").read()))
+            sentences |= set(re.findall(r"[^.]+\.", pathlib.Path(record.video).read_text()))
         return words, sentences
 
     (words, sentences), (others, other_sentences) = of("train"), of("test")
@@ -167,19 +168,19 @@ def test_a_spec_that_cannot_be_is_named(changes, sentence):
 # --- texts ---
 
 
-def record_of(path, text, **fields):
+def file_of(path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return records.Record("1", str(path), "Who?", ("Ann", "Bo"), "A", **fields)
+    return path
 
 
 def test_a_text_is_cut_at_the_ends_of_sentences(tmp_path):
     text = 'One two three. "Four five six." Seven?\nEight nine, ten and more words'
     for segments in range(1, 5):
-        read = texts.read(record_of(tmp_path / "a.txt", text), segments)
+        read = texts.read(file_of(tmp_path / "a.txt", text), segments)
         assert "".join(read.clips) == text and all(read.clips)
         for (a, b), clip in zip(read.spans, read.clips, strict=True):
             assert text[a : b + 1] == clip
-    assert texts.read(record_of(tmp_path / "a.txt", text), 2).clips[0] == text[:32]
+    assert texts.read(file_of(tmp_path / "a.txt", text), 2).clips[0] == text[:32]
     # No sentence ends near enough: behind a word; no word either: anywhere.
     assert texts.cut("aaaa bbbb cccc dddd", 2) == [0, 10, 19]
     assert texts.cut("x" * 10, 4) == [0, 2, 5, 8, 10]
@@ -197,7 +198,7 @@ def test_cuts_are_in_order_whatever_the_text():
 
 def test_part_of_a_text(tmp_path):
     text = "Häuser. Zwei. Drei. Vier."
-    read = texts.read(record_of(tmp_path / "a.md", text, start=8, end=19), 2)
+    read = texts.read(file_of(tmp_path / "a.md", text), 2, start=8, end=19)
     assert read.clips == ("Zwei. ", "Drei.") and read.spans.tolist() == [[8, 13], [14, 18]]
 
 
@@ -212,15 +213,13 @@ def test_part_of_a_text(tmp_path):
 )
 def test_a_text_that_cannot_be_used_is_named(tmp_path, text, fields, cause, sentence):
     with pytest.raises(records.BadRecord, match=sentence) as error:
-        texts.read(record_of(tmp_path / "a.txt", text, **fields), 4)
+        texts.read(file_of(tmp_path / "a.txt", text), 4, **fields)
     assert error.value.cause == cause
 
 
 def test_a_missing_text_is_named(tmp_path):
-    record = record_of(tmp_path / "a.txt", "text")
-    (tmp_path / "a.txt").unlink()
     with pytest.raises(records.BadRecord, match="there is no such text file"):
-        texts.read(record, 1)
+        texts.read(tmp_path / "a.txt", 1)
 
 
 def test_spec_file_says_what_a_split_was_made_of(folder):

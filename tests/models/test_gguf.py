@@ -64,7 +64,7 @@ def model_of(kind, tied=True):
 
 
 def paired(weight, head):
-    """Rows of a head from halves that rotate together to pairs, one by one, as llama.cpp has them."""
+    """Rows of a head, whose halves rotate together, pair by pair as llama.cpp has them."""
     out = np.empty_like(weight)
     for first in range(0, len(weight), head):
         for i in range(head // 2):

@@ -8,7 +8,7 @@ of training and of tests share no name, no thing found and no other sentence.
 
 A record's `category` is the kind of its question; its `meta` has
 
-    facts           [{"name", "thing", "place" (its last character), "segment" (clip)}, ...] in order
+    facts           [{"name", "thing", "place" (last character), "segment" (clip)}, ...] in order
     about           the name or thing that the question names, or null
     needle_segment  the clip that tells the last fact needed for the answer
 """

@@ -92,7 +92,7 @@ class Loader:
     def times(self, record: Record) -> np.ndarray:
         """Sampling times [t, f] of a record's clips in seconds; of a text, `texts.Text.spans`."""
         if texts.is_text(record.video):
-            return texts.read(record, self.segments).spans
+            return self._text(record).spans
         return self._frames.times(record)
 
     def __call__(self, index: int, record: Record) -> Batch:
@@ -135,7 +135,7 @@ class Loader:
         """What the model sees of a record, [t, ...], and `times` of it."""
         sizes, asked = self.settings.prompt, self._asked(record)
         if texts.is_text(record.video):
-            parts, spans = texts.read(record, self.segments)
+            parts, spans = self._text(record)
             return spans, *self._texts_of(["" if self.blind else part for part in parts], asked)
         if not sizes.frames:
             raise BadRecord(
@@ -147,6 +147,9 @@ class Loader:
         if self.blind:
             frames = np.full_like(frames, 127)
         return times, *self._frames_of(frames, times, asked)
+
+    def _text(self, record: Record) -> texts.Text:
+        return texts.read(record.video, self.segments, record.start, record.end)
 
     def _texts_of(
         self, parts: Sequence[str], asked: tuple[str, Sequence[str]]

@@ -3,35 +3,41 @@
 import numpy as np
 
 # Every sentence has one of its part's words in it: none of a test's was read in training.
-NAMES = {
-    "train": (
-        "Adam Alice Amy Anna Ben Bill Carl Charles Chris Clara Dan David Diana Edward Ella Emily "
-        "Emma Eric Eva Frank Fred George Grace Harry Helen Henry Jack James Jane Jim John Kate "
-        "Laura Leo Linda Lisa Lucy Mark Martin Mary Michael Nick Nina Paul Peter Rose Ruth Sam"
-    ).split(),
-    "test": (
-        "Albert Andrew Arthur Barbara Bob Daniel Elizabeth Jacob Joseph Julia Karen Kevin Maria "
-        "Max Oliver Rachel Robert Sarah Simon Steve Susan Thomas Victor William"
-    ).split(),
+_WORDS = {
+    "names": {
+        "train": """
+            Adam Alice Amy Anna Ben Bill Carl Charles Chris Clara Dan David Diana Edward Ella Emily
+            Emma Eric Eva Frank Fred George Grace Harry Helen Henry Jack James Jane Jim John Kate
+            Laura Leo Linda Lisa Lucy Mark Martin Mary Michael Nick Nina Paul Peter Rose Ruth Sam
+        """,
+        "test": """
+            Albert Andrew Arthur Barbara Bob Daniel Elizabeth Jacob Joseph Julia Karen Kevin Maria
+            Max Oliver Rachel Robert Sarah Simon Steve Susan Thomas Victor William
+        """,
+    },
+    "things": {
+        "train": """
+            ball basket bell belt blanket bottle bowl box brush button candle card chain chair coat
+            coin comb crown cup doll drum feather flag flute fork glove hammer hat helmet hook jar
+            jacket kettle key knife ladder lamp letter map mask mirror nail needle pen plate pot
+            ribbon ring
+        """,
+        "test": """
+            bag blade book boot brick bucket clock cloth compass diamond dress dish guitar globe
+            lens magnet microscope painting phone pillow rope shoe sword watch
+        """,
+    },
+    "people": {
+        "train": """
+            baker miller doctor farmer teacher driver sailor soldier painter singer lawyer nurse
+        """,
+        "test": "guard priest hunter judge writer cook",
+    },
 }
-THINGS = {
-    "train": (
-        "ball basket bell belt blanket bottle bowl box brush button candle card chain chair coat "
-        "coin comb crown cup doll drum feather flag flute fork glove hammer hat helmet hook jar "
-        "jacket kettle key knife ladder lamp letter map mask mirror nail needle pen plate pot ribbon "
-        "ring"
-    ).split(),
-    "test": (
-        "bag blade book boot brick bucket clock cloth compass diamond dress dish guitar globe lens "
-        "magnet microscope painting phone pillow rope shoe sword watch"
-    ).split(),
-}
-_PEOPLE = {
-    "train": (
-        "baker miller doctor farmer teacher driver sailor soldier painter singer lawyer nurse"
-    ).split(),
-    "test": "guard priest hunter judge writer cook".split(),
-}
+# Every sentence has one of its part's words in it: none of a test's was read in training.
+NAMES, THINGS, _PEOPLE = (
+    {part: tuple(words.split()) for part, words in kind.items()} for kind in _WORDS.values()
+)
 _TIMES = (
     "In the morning",
     "At noon",

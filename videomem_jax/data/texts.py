@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from videomem_jax.data.records import BadRecord, Record
+from videomem_jax.data.records import BadRecord
 
 SUFFIXES = (".txt", ".md")  # of files that are read as texts
 # Where a clip may end, the best first: behind a sentence or line, behind a word.
@@ -36,28 +36,27 @@ def is_text(path: str | os.PathLike) -> bool:
     return str(path).lower().endswith(SUFFIXES)
 
 
-def read(record: Record, segments: int) -> Text:
-    """The text of a record in clips of about equal length; of `start` to `end`, if it names them.
+def read(
+    path: str | os.PathLike, segments: int, start: float | None = None, end: float | None = None
+) -> Text:
+    """A text in clips of about equal length; the part from character `start` up to `end`.
 
     Raises:
       BadRecord: the file is missing, is no UTF-8, or is too short.
     """
-    path = record.video
     try:
         whole = Path(path).read_bytes().decode()
     except OSError:
         raise BadRecord("missing", f"{path}: there is no such text file.") from None
     except UnicodeDecodeError as error:
         raise BadRecord("broken", f"{path}: the text is not UTF-8 ({error}).") from None
-    begin, end = int(record.start or 0), len(whole)
-    if record.end is not None:
-        if record.end > end:
-            raise BadRecord(
-                "too short",
-                f"{path}: the part up to character {record.end:.0f} was asked for, but the text "
-                f"has {end}.",
-            )
-        end = int(record.end)
+    if end is not None and end > len(whole):
+        raise BadRecord(
+            "too short",
+            f"{path}: the part up to character {end:.0f} was asked for, but the text has "
+            f"{len(whole)}.",
+        )
+    begin, end = int(start or 0), len(whole) if end is None else int(end)
     if end - begin < segments:
         raise BadRecord(
             "too short",

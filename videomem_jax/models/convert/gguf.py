@@ -175,7 +175,7 @@ def _array(gguf, stored: Mapping[str, Any], name: str, file: str) -> np.ndarray:
 
 
 def _unpermuted(value: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of a head as halves that rotate together; llama.cpp keeps those of a pair side by side."""
+    """Rows of a head as halves that rotate together; llama.cpp keeps those of a pair adjacent."""
     rows = value.reshape(-1, head_dim // 2, 2, value.shape[1])
     return rows.swapaxes(1, 2).reshape(value.shape)
 
