@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from flax import nnx
 
 from tests.commands import numbers
-from videomem_jax import answer_page, asking, rollout, settings
+from videomem_jax import answer_page, asking, llm, rollout, settings
 from videomem_jax import memory as mem
+from videomem_jax.aot import account, programs
 from videomem_jax.ask import described
 from videomem_jax.batch import SHOWN, TEXT
-from videomem_jax.data import facts, pipeline, records, story, texts
+from videomem_jax.data import chain_writers, facts, pipeline, records, story, texts
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
 from videomem_jax.models.qwen3_vl import abstract
@@ -179,6 +181,40 @@ def test_a_video_is_no_text(stories, tokenizer, film_records):
     loader = pipeline.Loader(tokenizer, config_of(stories), 4)
     with pytest.raises(records.BadRecord, match=r"is no text \(.txt, .md\), but with .*frames=0"):
         loader(0, film_records[0])
+
+
+def test_programs_are_known_before_there_is_data(stories, llama):
+    s = config_of(stories)
+    row = pipeline.Loader(Tokenizer.load(llama), s, 4).blank()
+    told = programs.batch(s, Qwen3VLConfig.load(llama), 3)
+    for known, made in zip(*map(jax.tree.leaves, (told, row)), strict=True):
+        assert known.shape == (3, *made.shape) and known.dtype == made.dtype
+    steps = account.Account(s, Qwen3VLConfig.load(llama), flash=False).steps()
+    assert all(operations.model > 0 for operations in steps.values())
+
+
+# --- chains ---
+
+
+def test_clips_of_a_text_are_their_own_summaries(stories):
+    """Nobody is asked to look at a text; the LLM goes through its clips."""
+    (record, *_), _ = records.read_records(stories / "test.jsonl")
+    endpoint, asked = types.SimpleNamespace(identity="an LLM"), []
+
+    def ask(requests):
+        asked.extend(requests)
+        return [
+            llm.Reply(("A", True) if request.read is not str else "Ann") for request in requests
+        ]
+
+    nobody = types.SimpleNamespace(endpoint=endpoint)
+    client = types.SimpleNamespace(endpoint=endpoint, ask=ask)
+    writer = chain_writers.EndpointWriter(nobody, client, config_of(stories), len)
+    draft, read = writer.write(record), texts.read(record.video, 4)
+    assert draft.summaries == read.clips and draft.memories == ("Ann",) * 4
+    assert draft.times == tuple(map(tuple, read.spans.tolist()))
+    for clip, request in zip(read.clips, asked[:4], strict=True):
+        assert json.dumps(clip)[1:-1] in request.messages[-1]["content"]
 
 
 # --- whole runs ---
