@@ -300,7 +300,8 @@ def make_format(
     vocab = model.config.text.vocab_size
     if len(tokenizer) > vocab:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows: "
+            f"python -m videomem_jax.models.convert add-rows makes room for the memory format's"
         )
     machine = grammar.build(
         tokenizer,

@@ -1,5 +1,6 @@
 """Llama and Qwen3, which are Qwen3-VL's decoder alone, held against transformers in float32."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,11 @@ import pytest
 from flax import nnx
 
 from tests.models import scenes
+from videomem_jax import run, settings
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
+from videomem_jax.models.convert.__main__ import main
+from videomem_jax.tokenizer import CHAT, TAGS, Tokenizer
 
 SCENES = [(seed, qk_norm) for seed in (0, 6, 12, 18) for qk_norm in (False, True)]
 
@@ -55,6 +59,31 @@ def test_clips_of_text_have_no_features():
     arrays = scene.tokens[:2], positions[:, :2], scene.mask[:2]
     with_features = model.prefill(*arrays, features, scene.slot[:2])[0]
     np.testing.assert_array_equal(with_features, model.prefill(*arrays)[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_for_the_tags_are_added(tmp_path, tied):
+    tokenizer = Tokenizer.train(["a text of few words"], 300, specials=CHAT)
+    text = dataclasses.replace(
+        scenes.draw_text(0, False).config.text,
+        vocab_size=len(tokenizer) - len(TAGS),
+        tie_word_embeddings=tied,
+    )
+    model = scenes.random_model(Qwen3VLConfig(text))
+    convert.save_pretrained(model, tmp_path / "full")
+    tokenizer.save(tmp_path / "full", tags=False)
+    s = settings.load_sizes(tmp_path / "full", frames=0)
+    with pytest.raises(ConfigError, match=f"has {len(tokenizer)} tokens .* {text.vocab_size} rows"):
+        run.load(s, tmp_path / "full")
+    main(["add-rows", str(tmp_path / "full"), str(tmp_path / "more")])
+    more = run.load(s, tmp_path / "more")
+    rows = more.model.config.text.vocab_size
+    assert rows % 128 == 0 and rows >= len(tokenizer)
+    assert more.tokenizer.encode("a text") == tokenizer.encode("a text")
+    tokens = np.arange(8)[None]
+    arrays = tokens, np.broadcast_to(np.arange(8), (3, 1, 8)), np.ones((1, 8), bool)
+    before, after = (m.logits(m.prefill(*arrays)[0]) for m in (model, more.model))
+    np.testing.assert_allclose(before, after[..., : text.vocab_size], rtol=0, atol=1e-5)
 
 
 LLAMA = {

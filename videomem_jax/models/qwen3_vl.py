@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -142,6 +143,18 @@ class Qwen3VL(nnx.Module):
                 kernel = self.lm_head.kernel
                 mean = kernel[...][:, jnp.array(others)].mean(1)
                 kernel[...] = kernel[...].at[:, new].set(mean)
+
+
+def with_rows(model: Qwen3VL, rows: int) -> Qwen3VL:
+    """The model with an embedding, and head, of so many rows: the new ones are zeros."""
+    text = dataclasses.replace(model.config.text, vocab_size=rows)
+    graph, shapes = nnx.split(abstract(dataclasses.replace(model.config, text=text), model.dtype))
+
+    def grown(leaf, shape):
+        more = [(0, new - old) for old, new in zip(leaf.shape, shape.shape, strict=True)]
+        return jnp.pad(leaf, more)
+
+    return nnx.merge(graph, jax.tree.map(grown, nnx.state(model), shapes))
 
 
 def abstract(config: Qwen3VLConfig, dtype=jnp.float32, **options) -> Qwen3VL:

@@ -4,6 +4,7 @@
     python -m videomem_jax.models.convert to-orbax DIR runs/new/checkpoints/prpo --config FILE
     python -m videomem_jax.models.convert merge-lora DIR ADAPTER OUT
     python -m videomem_jax.models.convert from-gguf FILE OUT
+    python -m videomem_jax.models.convert add-rows DIR OUT
 
 An entry, like train.py, and not imported by the package: it alone knows runs and checkpoints.
 """
@@ -29,7 +30,8 @@ from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
 from videomem_jax.models.convert import gguf
 from videomem_jax.models.convert.read import open_tensors
-from videomem_jax.models.qwen3_vl import abstract
+from videomem_jax.models.convert.write import copy_companions
+from videomem_jax.models.qwen3_vl import abstract, with_rows
 from videomem_jax.tokenizer import Tokenizer
 from videomem_jax.trainer import Trainer
 
@@ -163,6 +165,16 @@ def from_gguf(args: argparse.Namespace) -> None:
     print(f"{args.out}: the model of {args.file}")
 
 
+def add_rows(args: argparse.Namespace) -> None:
+    """Writes a model whose embedding has rows for the tags of the memory format."""
+    tokenizer, model = Tokenizer.load(args.model), convert.load_pretrained(args.model)
+    rows = gguf.rows_for(len(tokenizer), model.config.text.vocab_size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    copy_companions(args.model, args.out)
+    export.save(with_rows(model, rows), tokenizer, args.out, dtype=args.dtype)
+    print(f"{args.out}: the model of {args.model} with {rows} rows")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     whole = argparse.ArgumentParser(prog="python -m videomem_jax.models.convert")
@@ -186,7 +198,8 @@ def parser() -> argparse.ArgumentParser:
         "merge-lora", merge_lora, ("model", hf), ("adapter", "folder of peft"), ("out", out)
     )
     four = command("from-gguf", from_gguf, ("file", "of llama.cpp's format"), ("out", out))
-    for part in (one, three, four):
+    five = command("add-rows", add_rows, ("model", hf), ("out", out))
+    for part in (one, three, four, five):
         part.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all")
     return whole
 

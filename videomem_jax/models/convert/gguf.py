@@ -127,9 +127,8 @@ def _config(
     heads, width = size("attention.head_count"), size("embedding_length")
     head = size("attention.key_length", width // heads)
     rows = len(facts["tokenizer.ggml.tokens"])
-    wanted = words + len(TAGS)
     text = TextConfig(
-        vocab_size=rows if wanted <= rows else -(-wanted // _ROWS) * _ROWS,
+        vocab_size=rows_for(words + len(TAGS), rows),
         hidden_size=width,
         intermediate_size=size("feed_forward_length"),
         num_hidden_layers=size("block_count"),
@@ -149,6 +148,11 @@ def _config(
     )
     config = Qwen3VLConfig(text)
     return config, config.to_hf() | {"max_position_embeddings": size("context_length", 4096)}
+
+
+def rows_for(words: int, rows: int) -> int:
+    """Rows of an embedding that has `rows`, for so many tokens."""
+    return rows if words <= rows else -(-words // _ROWS) * _ROWS
 
 
 def _theirs(name: str) -> str:
