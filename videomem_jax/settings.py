@@ -46,8 +46,7 @@ class Model:
 class Data:
     """Where records come from and how they are read."""
 
-    # "records": data sets in `folder`; or generated into it: "needle", videos, and "facts", texts.
-    task: str = "records"
+    task: str = "records"  # of `folder`; or generated there: "needle" (videos), "facts" (texts)
     folder: str = "data"  # of the data sets; a record's video is named relative to its set's
     # One data set or several with weights, "VideoMarathon=3, own.jsonl=1": see data/sources.py.
     train: str = "train.jsonl"  # PRPO's records
