@@ -73,7 +73,9 @@ def test_rows_for_the_tags_are_added(tmp_path, tied):
     convert.save_pretrained(model, tmp_path / "full")
     tokenizer.save(tmp_path / "full", tags=False)
     s = settings.load_sizes(tmp_path / "full", frames=0)
-    with pytest.raises(ConfigError, match=f"has {len(tokenizer)} tokens, .* {text.vocab_size} rows"):
+    with pytest.raises(
+        ConfigError, match=f"has {len(tokenizer)} tokens, .* {text.vocab_size} rows"
+    ):
         run.load(s, tmp_path / "full")
     main(["add-rows", str(tmp_path / "full"), str(tmp_path / "more")])
     more = run.load(s, tmp_path / "more")

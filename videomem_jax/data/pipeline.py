@@ -24,24 +24,16 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32
 
 from videomem_jax import settings as cfg
-from videomem_jax.batch import Batch, Chain, Clip, Prefix
-from videomem_jax.data import texts
-from videomem_jax.data.clip import make_clips
-from videomem_jax.data.frames import Frames
+from videomem_jax.batch import Batch, Chain
+from videomem_jax.data.clips import Clips
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError
 from videomem_jax.data.sources import Mixture
 from videomem_jax.data.video import VideoError
 from videomem_jax.hosts import Reader
-from videomem_jax.prompt import (
-    PromptError,
-    answers,
-    memory_ids,
-    write_prefix,
-    write_text_prefix,
-)
+from videomem_jax.prompt import PromptError, answers, memory_ids
 from videomem_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -86,22 +78,20 @@ class Loader:
         chains: bool = True,
     ):
         self.tokenizer, self.settings, self.segments = tokenizer, settings, segments
-        self.blind, self.chains = blind, chains
-        self._frames = Frames(settings, segments)
+        self.chains = chains
+        self._clips = Clips(tokenizer, settings, segments, blind)
 
     def times(self, record: Record) -> np.ndarray:
         """Sampling times [t, f] of a record's clips in seconds; of a text, `texts.Text.spans`."""
-        if texts.is_text(record.video):
-            return self._text(record).spans
-        return self._frames.times(record)
+        return self._clips.times(record)
 
     def __call__(self, index: int, record: Record) -> Batch:
         """The row of a record; `index` is its place in the data set.
 
         Raises:
-          VideoError, PromptError, ConfigError: one sentence on what cannot be used.
+          VideoError, BadRecord, PromptError, ConfigError: one sentence on what cannot be used.
         """
-        times, prefix, clip = self._seen(record)
+        times, prefix, clip = self._clips.of(record, self._asked(record))
         return Batch(
             prefix=prefix,
             clip=clip,
@@ -116,9 +106,7 @@ class Loader:
     def blank(self) -> Batch:
         """A row that is not `real`, in the shapes of all others: it fills up a batch."""
         sizes = self.settings.prompt
-        times = np.zeros((self.segments, sizes.frames))
-        frames = np.zeros((times.size, 32, 32, 3), np.uint8)
-        prefix, clip = self._frames_of(frames, times, ("", ()))
+        prefix, clip = self._clips.blank()
         choices = answers(self.tokenizer, (), "text", sizes.options, sizes.answer_tokens)
         return Batch(
             prefix=prefix,
@@ -130,60 +118,6 @@ class Loader:
             record=np.int32(0),
             real=np.bool_(False),
         )
-
-    def _seen(self, record: Record) -> tuple[np.ndarray, Prefix, Clip]:
-        """What the model sees of a record, [t, ...], and `times` of it."""
-        sizes, asked = self.settings.prompt, self._asked(record)
-        if texts.is_text(record.video):
-            parts, spans = self._text(record)
-            return spans, *self._texts_of(["" if self.blind else part for part in parts], asked)
-        if not sizes.frames:
-            raise BadRecord(
-                "no text",
-                f"{record.video} is no text ({', '.join(texts.SUFFIXES)}), but with "
-                f"config.prompt.frames=0 only texts are read.",
-            )
-        times, frames, _ = self._frames.read(record)
-        if self.blind:
-            frames = np.full_like(frames, 127)
-        return times, *self._frames_of(frames, times, asked)
-
-    def _text(self, record: Record) -> texts.Text:
-        return texts.read(record.video, self.segments, record.start, record.end)
-
-    def _texts_of(
-        self, parts: Sequence[str], asked: tuple[str, Sequence[str]]
-    ) -> tuple[Prefix, Clip]:
-        """What the model sees of texts. Their frames, if videos are read too, are in no prompt."""
-        sizes = self.settings.prompt
-        room = sizes.prefix_tokens
-        prefixes = [write_text_prefix(self.tokenizer, *asked, part, room) for part in parts]
-        prefix = jax.tree.map(lambda *a: np.stack(a), *prefixes)
-        frames = np.zeros((self.segments * sizes.frames, 32, 32, 3), np.uint8)
-        return prefix, make_clips(frames, self.segments, sizes.max_pixels)
-
-    def _frames_of(
-        self,
-        frames: UInt8[np.ndarray, "tf h w 3"],
-        times: Float[np.ndarray, "t f"],
-        asked: tuple[str, Sequence[str]],
-    ) -> tuple[Prefix, Clip]:
-        """What the model sees of frames."""
-        sizes = self.settings.prompt
-        height, width = frames.shape[1:3]
-        prefixes = [
-            write_prefix(
-                self.tokenizer,
-                *asked,
-                t,
-                (height // 16, width // 16),
-                sizes.prefix_tokens,
-                room=sizes.max_pixels // 1024,
-            )
-            for t in times
-        ]
-        prefix = jax.tree.map(lambda *a: np.stack(a), *prefixes)
-        return prefix, make_clips(frames, self.segments, sizes.max_pixels)
 
     def _asked(self, record: Record) -> tuple[str, Sequence[str]]:
         """What a prompt begins with: the question, and the options to letter below it."""
