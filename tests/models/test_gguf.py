@@ -91,7 +91,8 @@ def write(path, model, words, kind, **changes):
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre(changes.get("pre", "qwen2"))
     out.add_token_list(tokens)
-    types = [3 if t in CHAT else 5 if t.startswith("<row") else 1 for t in tokens]
+    free = 5 if changes.get("free") else 1
+    types = [3 if t in CHAT else free if t.startswith("<row") else 1 for t in tokens]
     out.add_token_types(types)
     out.add_token_merges(merges)
     out.add_bos_token_id(tokens.index("<|im_start|>"))
@@ -167,6 +168,13 @@ def test_transformers_reads_both_alike(words, tmp_path):
     theirs = load(tmp_path, gguf_file="m.gguf", dtype=torch.float32)(ids).logits
     ours = load(tmp_path / "hf", dtype=torch.float32)(ids).logits
     torch.testing.assert_close(ours[..., :VOCAB], theirs, rtol=0, atol=0)
+
+
+def test_rows_that_are_free_are_for_the_tags(words, tmp_path):
+    read(write(tmp_path / "m.gguf", model_of("llama"), words, "llama", free=True), tmp_path / "hf")
+    assert convert.load_pretrained(tmp_path / "hf").config.text.vocab_size == VOCAB
+    ids = Tokenizer.load(tmp_path / "hf").ids
+    assert words[0][ids.memory_open].startswith("<row") and ids.answer_close < VOCAB
 
 
 @pytest.mark.parametrize(

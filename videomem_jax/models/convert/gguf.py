@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
-from videomem_jax.models.convert.table import ONE_FILE, WeightsError, tensors
+from videomem_jax.models.convert.table import HEAD, ONE_FILE, WeightsError, tensors
 from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.tokenizer import TAGS
 
@@ -37,13 +37,16 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+EMBEDDING = "model.embed_tokens.weight"
 _WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
+    EMBEDDING: "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    HEAD: "output.weight",
 }
 # Rows of the embedding are made a multiple of this where the tags need more: they divide well.
 _ROWS = 128
+# Types of tokens that are no ordinary text: control, defined by the user, a row that is not used.
+_CONTROL, _OWN, _UNUSED = 3, 4, 5
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -73,14 +76,16 @@ def convert(file: str | os.PathLike, folder: str | os.PathLike, dtype=np.float32
     facts = {name: field.contents() for name, field in reader.fields.items()}
     stored = {tensor.name: tensor for tensor in reader.tensors}
     made = _tokenizer(facts, str(file))
-    config, raw = _config(facts, stored, made.get_vocab_size(), str(file))
+    rows = len(_array(gguf, stored, _WHOLE[EMBEDDING], str(file)))
+    rows = rows_for(made.get_vocab_size() + len(TAGS), rows)
+    config, raw = _config(facts, stored, rows, str(file))
     content = {}
     for entry in tensors(abstract(config)):
         for name in entry.names:
             value = _array(gguf, stored, _theirs(name), str(file))
             if name.endswith((".q_proj.weight", ".k_proj.weight")) and not config.text.qk_norm:
                 value = _unpermuted(value, config.text.head_dim)
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in (EMBEDDING, HEAD):
                 value = np.pad(value, ((0, entry.shape[0] - len(value)), (0, 0)))
             if value.shape != entry.shape:
                 raise WeightsError(
@@ -107,7 +112,7 @@ def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 
 def _config(
-    facts: Mapping[str, Any], stored: Mapping[str, Any], words: int, file: str
+    facts: Mapping[str, Any], stored: Mapping[str, Any], rows: int, file: str
 ) -> tuple[Qwen3VLConfig, dict[str, Any]]:
     """The model's sizes, and its config.json."""
     kind = facts.get("general.architecture")
@@ -126,21 +131,16 @@ def _config(
 
     heads, width = size("attention.head_count"), size("embedding_length")
     head = size("attention.key_length", width // heads)
-    rows = len(facts["tokenizer.ggml.tokens"])
     text = TextConfig(
-        vocab_size=rows_for(words + len(TAGS), rows),
+        vocab_size=rows,
         hidden_size=width,
         intermediate_size=size("feed_forward_length"),
         num_hidden_layers=size("block_count"),
         num_attention_heads=heads,
         num_key_value_heads=size("attention.head_count_kv", heads),
         head_dim=head,
-        # Kept as a float32: the nearest short decimal is what was meant.
-        rms_norm_eps=float(
-            np.format_float_positional(
-                np.float32(size("attention.layer_norm_rms_epsilon")), unique=True
-            )
-        ),
+        # Kept as a float32: the shortest decimal that is the same is what was meant.
+        rms_norm_eps=float(str(np.float32(size("attention.layer_norm_rms_epsilon")))),
         rope_theta=float(size("rope.freq_base", 1e4)),
         mrope_section=(head // 2, 0, 0),
         tie_word_embeddings="output.weight" not in stored,
@@ -199,7 +199,9 @@ def _tokenizer(facts: Mapping[str, Any], file: str) -> tokenizers.Tokenizer:
             f"{file}: its tokenizer is {model!r}, splitting as {kind!r}, but only byte-level BPE "
             f"('gpt2') can be read, splitting as {', '.join(known)}"
         )
-    words, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    words, types = list(facts["tokenizer.ggml.tokens"]), list(facts["tokenizer.ggml.token_type"])
+    while types and types[-1] == _UNUSED:  # rows of the embedding that are free
+        words.pop(), types.pop()
     merges = [tuple(pair.split(" ")) for pair in facts["tokenizer.ggml.merges"]]
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges)
@@ -208,8 +210,7 @@ def _tokenizer(facts: Mapping[str, Any], file: str) -> tokenizers.Tokenizer:
         made.normalizer = tokenizers.normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(known[kind])
     made.decoder = tokenizers.decoders.ByteLevel()
-    # 3: control, 4: defined by the user; 1 is ordinary text, 5 a row that is not used.
-    for number, special in ((3, True), (4, False)):
+    for number, special in ((_CONTROL, True), (_OWN, False)):
         added = [word for word, of in zip(words, types, strict=True) if of == number]
         made.add_tokens([_added(word, special) for word in added])
     return made
