@@ -44,7 +44,7 @@ SIZES = {
     "prpo.group_size": 4,
     "prpo.accumulate": 2,
     "eval.batch": 4,
-    "eval.timelines": 2,
+    "eval.timelines": 8,
 }
 
 
@@ -220,6 +220,7 @@ def test_clips_of_a_text_are_their_own_summaries(stories):
 # --- whole runs ---
 
 
+@pytest.mark.slow
 def test_cold_start_prpo_and_evaluation(flags, command, tmp_path):
     code, out, err = command("train.py", *flags, f"--workdir={tmp_path}")
     assert code == 0, err
