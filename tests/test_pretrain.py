@@ -251,8 +251,8 @@ def test_every_exchange_fits(base_tokenizer):
         shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
         times = np.arange(pretrain.FRAMES["clip"]) * 2.0 + 3 * i
         for pointed in (0.0, 1.0):
-            task = tasks.with_clip(rng, shown, pointed)
-            for task in (task, tasks.marked(rng, task)):
+            plain = tasks.with_clip(rng, shown, pointed)
+            for task in (plain, tasks.marked(rng, plain)):
                 row = pretrain.encode(base_tokenizer, task, times, pretrain.CLIP_PREFIX)
                 assert row["length"] <= pretrain.REPLY
 
@@ -272,7 +272,9 @@ def test_marks_stand_around_notes_reply_and_answer(base_tokenizer):
         found = base_tokenizer.decode(told).replace(" " + task.answer, task.answer)
         assert found == text.replace(" " + task.answer, task.answer) + answer * bool(task.answer)
         # Which marks are an answer's is not to be known.
-        free = base_tokenizer.decode(row["reply"][: row["length"]][row["weight"][: row["length"]] == 0])
+        free = base_tokenizer.decode(
+            row["reply"][: row["length"]][row["weight"][: row["length"]] == 0]
+        )
         assert free == (c + d) * bool(task.answer)
         seen |= {(a, b), (c, d), bool(task.answer), bool(task.reply)}
     assert seen == {*tasks.MARKS, True, False}

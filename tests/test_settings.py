@@ -71,7 +71,7 @@ def said(config) -> str:
         ("data.workers", -1, "0 or more"),
         ("eval.limit", -1, "0 or more"),
         ("prompt.frames", 7, "an even number, since frames go in pairs"),
-        ("prompt.frames", 0, "an even number, since frames go in pairs"),
+        ("prompt.frames", -2, "an even number, since frames go in pairs, or 0 for texts"),
         ("prompt.max_pixels", 3 * 1024, "at least 4 of them"),
         ("prompt.max_pixels", 5000, "a multiple of 32*32"),
         ("memory.budget", 1281, "0 to slots=1280"),

@@ -73,7 +73,7 @@ def model_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = model_parser("videomem_jax.ask", __doc__)
-    parser.add_argument("video", help="a file")
+    parser.add_argument("video", help="a file; .txt and .md are read as texts")
     parser.add_argument("question", help="in words")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="to choose the answer from")
     parser.add_argument(
@@ -111,7 +111,7 @@ def ask(arguments: argparse.Namespace) -> None:
             bar.update()
             if not arguments.json:
                 with tqdm.external_write_mode(file=sys.stdout):
-                    print(described(segment), flush=True)
+                    print(described(segment, arguments.video), flush=True)
     answer = videomem.Answer(arguments.video, arguments.question, options, tuple(read))
     if arguments.report:
         answer_page.write(answer, arguments.report)
@@ -123,12 +123,11 @@ def ask(arguments: argparse.Namespace) -> None:
             print(f"report: {arguments.report}")
 
 
-def described(segment) -> str:
-    """A segment as two lines of text; the report and --json keep the memory's own lines."""
-    from videomem_jax import answer_page
-    from videomem_jax.report_timelines import clock
+def described(segment, video: str) -> str:
+    """A segment of a video as two lines; the report and --json keep the memory's own lines."""
+    from videomem_jax import answer_page, report_timelines
 
-    span = f"{clock(segment.times[0])}-{clock(segment.times[-1])}"
+    span = report_timelines.span(video, segment.times).replace("\u2013", "-")
     memory = " ".join(segment.memory.split()) or "(empty)"
     text = f"[{segment.number}/{segment.of}] {span}  memory: {memory}"
     said = answer_page.named(segment)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Int, Int32, UInt8
 
+# What stands in `Prefix.slot` at tokens without a vision feature: text, and text that a clip shows.
+TEXT, SHOWN = -1, -2
+
 
 class Prefix(NamedTuple):
     """The part of a segment's prompt that the host knows: question, options, clip.
@@ -18,7 +21,7 @@ class Prefix(NamedTuple):
     tokens: ids, padded at the end.
     positions: time, height and width positions of the multimodal rotary embedding.
     mask: which tokens exist.
-    slot: the vision feature that stands in a token's place; -1 for text.
+    slot: the vision feature that stands in a token's place, or `TEXT`, or `SHOWN`.
     next_position: the first position after the prefix.
     """
 
@@ -30,7 +33,7 @@ class Prefix(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """The pixels of a segment.
+    """The pixels of a segment; f is 0 where clips are texts, whose tokens are in the prefix.
 
     patches: raw values, q patches a frame pair (padded to the pixel budget), in Qwen's order.
     patch_positions: row and column of each patch.

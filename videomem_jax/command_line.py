@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from videomem_jax import hosts, llm
 from videomem_jax.checkpoint import CheckpointError
-from videomem_jax.data import needle, records
+from videomem_jax.data import facts, needle, records
 from videomem_jax.data.video import VideoError
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError
@@ -37,6 +37,7 @@ SAID = (
     VideoError,
     PromptError,
     CheckpointError,
+    facts.FactsError,
     needle.NeedleError,
     ReportError,
     convert.WeightsError,

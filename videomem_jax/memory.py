@@ -7,6 +7,7 @@ after clip); `loop` is a `lax.scan` of it inside jit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,11 +84,12 @@ def see(model: Qwen3VL, clip: Clip) -> VisionFeatures:
         return VisionFeatures(
             jnp.moveaxis(features.embeds, 0, 1), jnp.moveaxis(features.deepstack, 0, 2)
         )
-    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), clip)
+    # Said and not inferred: clips of text hold nothing.
+    flat = jax.tree.map(lambda a: a.reshape(math.prod(lead), *a.shape[len(lead) :]), clip)
     features = model.see(flat.patches, flat.patch_positions, flat.grid)
     return VisionFeatures(
         features.embeds.reshape(*lead, *features.embeds.shape[1:]),
-        features.deepstack.reshape(-1, *lead, *features.embeds.shape[1:]),
+        features.deepstack.reshape(len(features.deepstack), *lead, *features.embeds.shape[1:]),
     )
 
 

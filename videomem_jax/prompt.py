@@ -8,6 +8,8 @@
     <memory>{memory}</memory><|im_end|>
     <|im_start|>assistant
 
+Where a clip is a text, its words stand in place of the frame pairs.
+
 The host writes all that stands before the memory (`write_prefix`); the memory, which is born on
 the device, and the end of the turn follow there (`assemble`). Nothing before the memory depends
 on it, so those positions are known to the host.
@@ -23,7 +25,7 @@ import numpy as np
 from einops import repeat
 from jaxtyping import Array, Bool, Float, Int
 
-from videomem_jax.batch import Prefix
+from videomem_jax.batch import SHOWN, TEXT, Prefix
 from videomem_jax.models.config import ConfigError
 from videomem_jax.models.positions import position_ids
 from videomem_jax.tokenizer import LETTERS, Tokenizer
@@ -55,7 +57,7 @@ def write_prefix(
     merge: int = 2,
     room: int | None = None,
 ) -> Prefix:
-    """Tokens and positions of question, options and clip.
+    """Tokens and positions of question, options and a clip of frames.
 
     Args:
       tokenizer: of the model.
@@ -73,7 +75,32 @@ def write_prefix(
     Raises:
       PromptError: if it needs more than `size` tokens, or there are more options than letters.
     """
-    ids = tokenizer.ids
+    ids, tokens = tokenizer.ids, _asked(tokenizer, question, options)
+    rows, cols = grid[0] // merge, grid[1] // merge
+    slots = [np.full(len(tokens), TEXT)]
+    per_pair = rows * cols
+    room = per_pair if room is None else room
+    pairs = np.asarray(times).reshape(-1, 2)
+    for pair, (first, second) in enumerate(pairs):
+        stamp = tokenizer.encode(f"<{(first + second) / 2:.1f} seconds>")
+        tokens += [*stamp, ids.vision_start, *[ids.video_pad] * per_pair, ids.vision_end]
+        before = np.full(len(stamp) + 1, TEXT)
+        slots += [before, pair * room + np.arange(per_pair), np.array([TEXT])]
+    how = size, "fewer frames or pixels", [grid] * len(pairs), merge
+    return _prefix(tokenizer, tokens, np.concatenate(slots), *how)
+
+
+def write_text_prefix(
+    tokenizer: Tokenizer, question: str, options: Sequence[str], text: str, size: int | None
+) -> Prefix:
+    """As `write_prefix`, of a clip that is a text."""
+    tokens, shown = _asked(tokenizer, question, options), tokenizer.encode(text.strip() + "\n")
+    slot = np.repeat([TEXT, SHOWN], [len(tokens), len(shown)])
+    return _prefix(tokenizer, [*tokens, *shown], slot, size, "more segments")
+
+
+def _asked(tokenizer: Tokenizer, question: str, options: Sequence[str]) -> list[int]:
+    """The beginning of a prompt: the question, and the options with their letters."""
     if len(options) > len(LETTERS):
         raise PromptError(
             f"the question has {len(options)} options, but there are {len(LETTERS)} letters "
@@ -82,30 +109,32 @@ def write_prefix(
     lettered = "".join(
         f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False)
     )
-    head = [ids.im_start, *tokenizer.encode(f"user\n{question}\n{lettered}")]
-    rows, cols = grid[0] // merge, grid[1] // merge
-    tokens, slots = list(head), [np.full(len(head), -1)]
-    per_pair = rows * cols
-    room = per_pair if room is None else room
-    pairs = np.asarray(times).reshape(-1, 2)
-    for pair, (first, second) in enumerate(pairs):
-        stamp = tokenizer.encode(f"<{(first + second) / 2:.1f} seconds>")
-        tokens += [*stamp, ids.vision_start, *[ids.video_pad] * per_pair, ids.vision_end]
-        slots += [np.full(len(stamp) + 1, -1), pair * room + np.arange(per_pair), np.array([-1])]
-    slot = np.concatenate(slots)
-    positions, position = position_ids(slot >= 0, [grid] * len(pairs), merge)
+    return [tokenizer.ids.im_start, *tokenizer.encode(f"user\n{question}\n{lettered}")]
+
+
+def _prefix(
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    slot: Int[np.ndarray, " s"],
+    size: int | None,
+    instead: str,
+    grids: Sequence[tuple[int, int]] = (),
+    merge: int = 2,
+) -> Prefix:
+    """Tokens with their positions, padded to `size`; `instead` is what else would make them fit."""
+    positions, position = position_ids(slot >= 0, grids, merge)
     size = len(tokens) if size is None else size
     if len(tokens) > size:
         raise PromptError(
             f"question, options and clip take {len(tokens)} tokens, but "
-            f"config.prompt.prefix_tokens={size}: raise it, or use fewer frames or pixels"
+            f"config.prompt.prefix_tokens={size}: raise it, or use {instead}"
         )
     pad = size - len(tokens)
     return Prefix(
-        tokens=np.pad(np.array(tokens, np.int32), (0, pad), constant_values=ids.pad),
+        tokens=np.pad(np.array(tokens, np.int32), (0, pad), constant_values=tokenizer.ids.pad),
         positions=np.pad(positions.astype(np.int32), ((0, 0), (0, pad))),
         mask=np.arange(size) < len(tokens),
-        slot=np.pad(slot.astype(np.int32), (0, pad), constant_values=-1),
+        slot=np.pad(slot.astype(np.int32), (0, pad), constant_values=TEXT),
         next_position=np.int32(position),
     )
 
@@ -159,7 +188,7 @@ def assemble(
             [prefix.positions, repeat(position, "n s -> n three s", three=3)], axis=2
         ),
         mask=jnp.concatenate([prefix.mask, ~in_padding], axis=1),
-        slot=jnp.concatenate([prefix.slot, jnp.full((n, size), -1, jnp.int32)], axis=1),
+        slot=jnp.concatenate([prefix.slot, jnp.full((n, size), TEXT, jnp.int32)], axis=1),
         next_position=position[:, -1] + 1,
     )
 

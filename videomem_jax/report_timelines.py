@@ -4,13 +4,14 @@ import base64
 import difflib
 import io
 import itertools
+import pathlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
-from videomem_jax.data import records
+from videomem_jax.data import records, texts
 from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.video import VideoError
 from videomem_jax.settings import Data
@@ -143,7 +144,7 @@ def steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
         made.append(
             {
                 "number": step.get("number", i + 1),
-                "span": f"{clock(times[0])}\u2013{clock(times[-1])}" if times else "",
+                "span": span(row.get("video") or "", times),
                 "frames": frames[i] if frames else [],
                 "words": timeline_diff(before, after),
                 "tokens": step.get("tokens"),
@@ -161,6 +162,15 @@ def steps(row: Mapping, frames: Sequence[list[dict]]) -> list[dict[str, Any]]:
     return made
 
 
+def span(video: str, times: Sequence[float]) -> str:
+    """From where to where a segment of a video or text goes, in time or in characters."""
+    if not times:
+        return ""
+    if texts.is_text(video):
+        return f"characters {times[0]:,.0f}\u2013{times[-1]:,.0f}"
+    return f"{clock(times[0])}\u2013{clock(times[-1])}"
+
+
 def _verdict(answer: str | None, gold: str | None) -> str:
     if answer is None:
         return "none"
@@ -168,7 +178,12 @@ def _verdict(answer: str | None, gold: str | None) -> str:
 
 
 def frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
-    """Frames of each segment as data URIs with time and label; or none, and a sentence why."""
+    """What each segment showed; or nothing, and a sentence why.
+
+    Frames as data URIs with time and label, or one `text`.
+    """
+    if texts.is_text(row.get("video") or ""):
+        return _excerpts(row)
     found, trouble = images(row)
     return [
         [
@@ -180,7 +195,7 @@ def frames(row: Mapping) -> tuple[list[list[dict]], str | None]:
 
 
 def images(row: Mapping) -> tuple[list[list[dict]], str | None]:
-    """As `frames`, but as arrays [height, width, 3]: of each, image, time and label."""
+    """As `frames` of a video, but as arrays [height, width, 3]: of each, image, time and label."""
     cards = [card for card in row.get("cards") or [] if isinstance(card, dict) and "time" in card]
     picked = [frame_times(step.get("times") or [], cards, _FRAMES) for step in row["steps"]]
     times = sorted({time for clip in picked for time in clip})
@@ -198,6 +213,16 @@ def images(row: Mapping) -> tuple[list[list[dict]], str | None]:
         [{"image": at[time], "time": clock(time), "label": _label(time, cards)} for time in clip]
         for clip in picked
     ], None
+
+
+def _excerpts(row: Mapping) -> tuple[list[list[dict]], str | None]:
+    """The text of each segment."""
+    try:
+        whole = pathlib.Path(row["video"]).read_bytes().decode()
+    except (OSError, ValueError) as error:
+        return [], f"The text cannot be shown. {row['video']}: {error}."
+    spans = [step.get("times") or [0, -1] for step in row["steps"]]
+    return [[{"text": whole[int(a) : int(b) + 1].strip()}] for a, b in spans], None
 
 
 def _label(time: float, cards: Sequence[Mapping]) -> str:

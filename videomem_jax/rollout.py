@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import grammar as fmt
+from videomem_jax.batch import TEXT
 from videomem_jax.models.decoder import KV, for_steps
 from videomem_jax.models.layers import MASKED
 from videomem_jax.models.qwen3_vl import Qwen3VL
@@ -46,7 +47,7 @@ class Completions(NamedTuple):
 class Context(NamedTuple):
     """A prompt that has been run: all of it but its last token, which opens the completions.
 
-    mask: tokens that exist; question: those of them before the clip's first frame.
+    mask: tokens that exist; question: those of them before the clip's first frame, or its text.
     """
 
     kv: KV
@@ -70,7 +71,7 @@ def read(model: Qwen3VL, prompt: Prompt, features: VisionFeatures) -> Context:
         prompt.slot[:, :-1],
     )
     mask = prompt.mask[:, :-1]
-    question = mask & (jnp.cumsum(prompt.slot[:, :-1] >= 0, axis=1) == 0)
+    question = mask & (jnp.cumsum(prompt.slot[:, :-1] != TEXT, axis=1) == 0)
     return Context(kv, mask, question, prompt.tokens[:, -1], prompt.next_position - 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 
 from videomem_jax import compiled, grammar, hosts, judge, prompt, settings
-from videomem_jax.data import needle, needle_chains, records, sources
+from videomem_jax.data import facts, needle, needle_chains, records, sources
 from videomem_jax.memory import Format
 from videomem_jax.models import convert
-from videomem_jax.models.config import ConfigError
+from videomem_jax.models.config import ConfigError, Qwen3VLConfig
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import Tokenizer
 
@@ -130,11 +131,12 @@ def _difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
 
 def make_data(s: settings.Settings) -> None:
     """Generates the embedded task's data where the config asks for it; done at once if there."""
-    if s.data.task != "needle":
+    make = {"needle": _make_needle, "facts": _make_facts}.get(s.data.task)
+    if make is None:
         return
-    hosts.first_does(lambda: _make_needle(s))
+    hosts.first_does(lambda: make(s))
     if not hosts.first():  # there by now, unless this host has a disk of its own
-        _make_needle(s)
+        make(s)
 
 
 def _make_needle(s: settings.Settings) -> None:
@@ -159,6 +161,22 @@ def _make_needle(s: settings.Settings) -> None:
         keep=s.data.chain_keep,
         chains_per_record=s.data.chains,
     )
+
+
+def _make_facts(s: settings.Settings) -> None:
+    d, t = s.data, s.prompt.segments
+    spec = functools.partial(facts.SplitSpec, sentences=d.sentences)
+    try:
+        splits = {
+            "train": spec(d.train_videos, t, "train", seed=1),
+            "test": spec(d.test_videos, t, "test", seed=3),
+        }
+        if d.test_long:
+            splits["test_long"] = spec(d.long_videos, s.eval.long_segments, "test", seed=4)
+    except ValueError as error:
+        raise ConfigError(f"config.data.task='facts' cannot be made as asked: {error}") from None
+    facts.build(d.folder, splits)
+    facts.write_chains(d.folder, t, d.chain_cards, d.chain_keep, d.chains)
 
 
 def read_records(s: settings.Settings, name: str) -> list[records.Record]:
@@ -255,6 +273,14 @@ def load(s: settings.Settings, folder: str | pathlib.Path | None = None, **placi
     """
     folder = folder or s.model.weights or BASE
     tokenizer = Tokenizer.load(folder)
+    sees = Qwen3VLConfig.load(folder).vision is not None
+    if s.prompt.frames and not sees:
+        raise ConfigError(
+            f"config.prompt.frames={s.prompt.frames}, but the model of {folder} reads only texts: "
+            f"set it to 0, with records of texts, or give a Qwen3-VL"
+        )
+    if sees and tokenizer.ids.video_pad is None:
+        raise ConfigError(f"{folder}: the tokenizer lacks <|video_pad|>: it is not Qwen3-VL's")
     model = convert.load_pretrained(
         folder,
         dtype=jnp.dtype(s.model.dtype),
@@ -274,7 +300,8 @@ def make_format(
     vocab = model.config.text.vocab_size
     if len(tokenizer) > vocab:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding {vocab} rows: "
+            f"python -m videomem_jax.models.convert add-rows makes room for the memory format's"
         )
     machine = grammar.build(
         tokenizer,

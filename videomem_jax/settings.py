@@ -46,7 +46,7 @@ class Model:
 class Data:
     """Where records come from and how they are read."""
 
-    task: str = "records"  # "records": data sets in `folder`; "needle": generated into it
+    task: str = "records"  # of `folder`; or generated there: "needle" (videos), "facts" (texts)
     folder: str = "data"  # of the data sets; a record's video is named relative to its set's
     # One data set or several with weights, "VideoMarathon=3, own.jsonl=1": see data/sources.py.
     train: str = "train.jsonl"  # PRPO's records
@@ -67,12 +67,14 @@ class Data:
     time_limit: float = 60.0  # seconds that decoding a record's video may take
     decoder_mb: int = 4096  # memory that it may take
     allow_outside: bool = False  # let records name files outside their folder
-    train_videos: int = 600  # needle: videos to generate, with 4 questions each
-    test_videos: int = 125  # needle: with 4 questions each
-    long_videos: int = 100  # needle: of `eval.long_segments` clips, with 4 questions each
-    chain_cards: int = 4  # needle: cards in a memory of the cold start's chains
-    chain_keep: float = 0.7  # needle: chance that such a memory keeps a card for a step
-    chains: int = 1  # needle: chains written for each record
+    # Of what is generated:
+    train_videos: int = 600  # videos or texts, with 4 questions each
+    test_videos: int = 125  # with 4 questions each
+    long_videos: int = 100  # of `eval.long_segments` clips, with 4 questions each
+    chain_cards: int = 4  # cards, or facts, in a memory of the cold start's chains
+    chain_keep: float = 0.7  # chance that such a memory keeps one of them for a step
+    chains: int = 1  # chains written for each record
+    sentences: int = 12  # facts: of a text for each clip; three of them tell a fact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Prompt:
     """Sizes of a segment's prompt."""
 
     segments: int = 4  # clips a video is cut into in training (T)
-    frames: int = 32  # frames sampled from a clip (F), even
+    frames: int = 32  # frames sampled from a clip (F), even; 0 where records are of texts only
     max_pixels: int = 128 * 32 * 32  # of a frame after resizing
     prefix_tokens: int = 3072  # room for question, options and clip
     answer: str = "letter"  # how an option is answered: "letter", or "text", its own words
@@ -155,7 +157,9 @@ class PRPO:
     clip_high: float = 0.2  # nor one above 1 + clip_high
     kl_coef: float = 0.0  # weight of KL(policy || cold start); 0 keeps no reference in memory
     entropy_coef: float = 0.0  # weight of an entropy bonus
-    expected: bool = False  # a memory earns what answers earn after it on average, not the one drawn
+    expected: bool = (
+        False  # a memory earns what answers earn after it on average, not the one drawn
+    )
     adv_norm: str = "std"  # "std" (GRPO) or "none" (Dr. GRPO)
     loss_agg: str = "seq"  # "seq" (GRPO), "token" (DAPO) or "constant" (Dr. GRPO)
     updates_per_rollout: int = 1  # optimizer steps on the same completions
@@ -401,7 +405,7 @@ def _check(s: Settings) -> None:
     )
     one_of("prompt.answer", s.prompt.answer, "letter", "text")
     one_of("prompt.answer_from", s.prompt.answer_from, "all", "memory")
-    one_of("data.task", s.data.task, "records", "needle")
+    one_of("data.task", s.data.task, "records", "needle", "facts")
     one_of("prpo.reward", s.prpo.reward, "choices", "exact", "judge")
     one_of("prpo.adv_norm", s.prpo.adv_norm, "std", "none")
     one_of("prpo.loss_agg", s.prpo.loss_agg, "seq", "token", "constant")
@@ -421,6 +425,7 @@ def _check(s: Settings) -> None:
         ("judge.patience", s.judge.patience),
         ("checkpoints.every", s.checkpoints.every),
         ("checkpoints.keep", s.checkpoints.keep),
+        ("data.sentences", s.data.sentences),
         ("data.prefetch", s.data.prefetch),
         ("data.threads", s.data.threads),
         ("data.decoder_mb", s.data.decoder_mb),
@@ -452,7 +457,8 @@ def _check(s: Settings) -> None:
         not most or most >= least, "data.max_duration", most, f"0 or at least min_duration={least}"
     )
     f = s.prompt.frames
-    need(f >= 2 and f % 2 == 0, "prompt.frames", f, "an even number, since frames go in pairs")
+    what = "an even number, since frames go in pairs, or 0 for texts"
+    need(f >= 0 and f % 2 == 0, "prompt.frames", f, what)
     pixels = s.prompt.max_pixels
     tokens, rest = divmod(pixels, 32 * 32)
     what = "a multiple of 32*32 (a token's pixels), at least 4 of them"
@@ -462,9 +468,9 @@ def _check(s: Settings) -> None:
     need(g >= 2, "prpo.group_size", g, "at least 2: an advantage is relative to a group")
     need(1 <= k <= g and g % k == 0, "prpo.paths", k, f"a divisor of group_size={g}")
     need(0 < s.prpo.gamma <= 1, "prpo.gamma", s.prpo.gamma, "above 0 and at most 1")
+    plain = (s.prpo.adv_norm, s.prpo.reward, s.prompt.answer_tokens) == ("none", "choices", 1)
     need(
-        not s.prpo.expected
-        or (s.prpo.adv_norm == "none" and s.prompt.answer_tokens == 1 and s.prpo.reward == "choices"),
+        plain or not s.prpo.expected,
         "prpo.expected",
         s.prpo.expected,
         "off unless prpo.adv_norm='none', prompt.answer_tokens=1 and prpo.reward='choices'",

@@ -22,30 +22,29 @@ from videomem_jax.models.config import ConfigError
 # Each tag with a mark that encloses text as it does: its embedding's start.
 # No two are alike, or the tags would have to be told apart first.
 TAGS = {"<memory>": "[", "</memory>": "]", "<answer>": "{", "</answer>": "}"}
-SPECIALS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
+CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION = (
     "<|vision_start|>",
     "<|vision_end|>",
     "<|vision_pad|>",
     "<|image_pad|>",
     "<|video_pad|>",
 )
+SPECIALS = (*CHAT, *VISION)
 LETTERS = "ABCDEFGHIJ"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """Ids with a meaning to the prompt and the parser."""
+    """Ids with a meaning to the prompt and the parser; a text model's has none for vision."""
 
     pad: int
     im_start: int
     im_end: int
-    vision_start: int
-    vision_end: int
-    image_pad: int
-    video_pad: int
+    vision_start: int | None
+    vision_end: int | None
+    image_pad: int | None
+    video_pad: int | None
     memory_open: int
     memory_close: int
     answer_open: int
@@ -54,7 +53,9 @@ class TokenIds:
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer of the Qwen family with the memory tags added.
+    """A byte-level BPE tokenizer with Qwen's chat turns, the memory tags added.
+
+    It has all of Qwen's vision tokens, or none of them, as for a text model.
 
     Attributes:
       ids: of tokens with a meaning.
@@ -63,7 +64,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer"):
         missing = [s for s in SPECIALS if inner.token_to_id(s) is None]
-        if missing:
+        if missing and missing != list(VISION):
             raise ConfigError(f"{where} lacks the token {missing[0]}: it is not Qwen3-VL's")
         new = [tag for tag in TAGS if inner.token_to_id(tag) is None]
         inner.add_special_tokens(new)
@@ -89,7 +90,9 @@ class Tokenizer:
             raise ConfigError(f"{path} cannot be read as a tokenizer ({error})") from None
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, specials: tuple[str, ...] = SPECIALS
+    ) -> Tokenizer:
         """Learns a small tokenizer of the same kind: byte-level BPE, split as Qwen splits."""
         inner = tokenizers.Tokenizer(tokenizers.models.BPE())
         split = tokenizers.Regex(
@@ -102,12 +105,12 @@ class Tokenizer:
         )
         inner.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIALS) - len(TAGS),
+            vocab_size=vocab_size - len(specials) - len(TAGS),
             initial_alphabet=sorted(pre.ByteLevel.alphabet()),
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
-        inner.add_special_tokens(list(SPECIALS))
+        inner.add_special_tokens(list(specials))
         return cls(inner)
 
     def save(self, folder: str | pathlib.Path, tags: bool = True) -> None:

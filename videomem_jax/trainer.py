@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from videomem_jax import memory as mem
 from videomem_jax import grammar, prpo, rewards, rollout, sharding
+from videomem_jax import memory as mem
 from videomem_jax import settings as cfg
 from videomem_jax.accumulation import accumulate, micro_batches
 from videomem_jax.batch import Batch, Prefix
@@ -189,9 +189,7 @@ class Trainer:
 
         def choose(completions, parsed: Parsed, segment, key):
             goal = self.goal(batch, segment)
-            return self.judge(
-                completions, parsed, parsed.answer, batch.gold, None, goal, key, step
-            )
+            return self.judge(completions, parsed, parsed.answer, batch.gold, None, goal, key, step)
 
         steps = mem.loop(model, self.form, batch, features, key, self.sampling, choose)
         return self.rows(batch, features, steps), self.rollout_metrics(batch, steps, step)

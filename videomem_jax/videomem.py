@@ -10,9 +10,10 @@ does not grow with the video. Between segments there is only the memory, a text.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +29,15 @@ from videomem_jax import memory as mem
 from videomem_jax import prompt as prompts
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Clip, Prefix
+from videomem_jax.data import texts
 from videomem_jax.data.clip import make_clips
 from videomem_jax.data.sampling import frame_size
 from videomem_jax.models.config import ConfigError
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import Tokenizer
 
+# A segment's clip, and what writes its prefix at a length.
+Shown = tuple[Clip, Callable[[int | None], Prefix]]
 _OPEN_TOKENS = 64  # room for the answer to an open question
 _OPTION_TOKENS = 64  # of the longest option that can be answered by its text
 _STEP = 256  # prompts that need more than the model's usual room are padded to multiples of this
@@ -46,7 +50,7 @@ class Segment:
     Attributes:
       number: of the segment, from 1.
       of: segments there are.
-      times: of the frames that it saw, in seconds.
+      times: of the frames that it saw, in seconds; of a text, the first and last character's place.
       memory: what it remembers after the segment.
       tokens: length of that memory.
       answer: its provisional answer: an option's text, or free text where there are no options;
@@ -188,7 +192,7 @@ class VideoMem:
         """Reads a video for a question and answers it.
 
         Args:
-          video: a file.
+          video: a file; a text (.txt, .md) is read in place of a video.
           question: in words.
           options: to choose from; None for an answer in free words.
           segments: into how many parts the video is cut, or "auto" (`asking.plan`); by default as
@@ -217,10 +221,15 @@ class VideoMem:
         """As `ask`, but gives each segment as soon as it is read; maybe of a part."""
         options = asking.check_question(question, options)
         times = asking.plan(video, self.settings, segments, frames, start, end, snap)
-        info = asking.decoder_of(self.settings).probe(video)
-        size = frame_size(video, self.settings.prompt.max_pixels, info)
+        asked = (self._tokenizer, question, options)
         choices = self._choices(options)
-        return self._segments(os.fspath(video), question, options, times, size, choices)
+        if texts.is_text(video):
+            shown = self._texts(texts.read(video, len(times), start, end).clips, asked)
+        else:
+            info = asking.decoder_of(self.settings).probe(video)
+            size = frame_size(video, self.settings.prompt.max_pixels, info)
+            shown = self._frames(os.fspath(video), times, size, asked)
+        return self._segments(shown, options, times, choices)
 
     def _choices(self, options: tuple[str, ...]) -> Int[np.ndarray, "1 o a"]:
         """What may be answered; all -1 for an open question."""
@@ -243,24 +252,30 @@ class VideoMem:
             )
         return self._grammars[key]
 
-    def _segments(self, video, question, options, times, size, choices) -> Iterator[Segment]:
+    def _texts(self, clips, asked) -> Iterator[Shown]:
+        """The parts of a text."""
+        none = make_clips(np.zeros((0, 32, 32, 3), np.uint8), 1, self.settings.prompt.max_pixels)
+        for clip in clips:
+            yield none, functools.partial(prompts.write_text_prefix, *asked, clip)
+
+    def _frames(self, video, times, size, asked) -> Iterator[Shown]:
+        """The segments of a video, each decoded when it is asked for."""
+        p, decoder, (height, width) = self.settings.prompt, asking.decoder_of(self.settings), size
+        for clip_times in times:
+            clip = make_clips(decoder.frames(video, clip_times, size), 1, p.max_pixels)
+            how = (*asked, clip_times, (height // 16, width // 16))
+            room = p.max_pixels // 1024
+            yield clip, functools.partial(prompts.write_prefix, *how, room=room)
+
+    def _segments(self, shown: Iterator[Shown], options, times, choices) -> Iterator[Segment]:
         """The streaming loop; arguments as `read` prepares them."""
-        p, m = self.settings.prompt, self.settings.memory
-        tokenizer, height, width = self._tokenizer, *size
+        p, m, tokenizer = self.settings.prompt, self.settings.memory, self._tokenizer
         room = choices.shape[-1]
         grammar, judge = self._grammar(room, self._forced), self._grammar(room, True)
         memory = mem.empty(1, 1, m.slots, tokenizer.ids.pad)
         memory = jax.device_put(memory, self._everywhere)
-        prefix_size, decoder = p.prefix_tokens, asking.decoder_of(self.settings)
-        for number, clip_times in enumerate(times, 1):
-            frames = decoder.frames(video, clip_times, size)
-            clip = make_clips(frames, 1, p.max_pixels)
-
-            def written(length, clip_times=clip_times):
-                grid = (height // 16, width // 16)
-                how = (tokenizer, question, options, clip_times, grid, length)
-                return prompts.write_prefix(*how, room=p.max_pixels // 1024)
-
+        prefix_size = p.prefix_tokens
+        for number, (clip, written) in enumerate(shown, 1):
             # One static length; it grows (and compiles again) only for a question that needs it.
             needed = len(written(None).tokens)
             if needed > prefix_size:

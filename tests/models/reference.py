@@ -34,8 +34,10 @@ def inputs(scene: Scene, row: int | None = None) -> dict[str, torch.Tensor]:
     given = {
         "input_ids": torch.tensor(scene.tokens[part]).long(),
         "attention_mask": torch.tensor(scene.mask[part]).long(),
-        "mm_token_type_ids": torch.tensor(scene.kinds[part]).int(),
     }
+    if scene.config.vision is None:
+        return given
+    given["mm_token_type_ids"] = torch.tensor(scene.kinds[part]).int()
     for video, values, grid in (
         (False, "pixel_values", "image_grid_thw"),
         (True, "pixel_values_videos", "video_grid_thw"),
@@ -48,18 +50,23 @@ def inputs(scene: Scene, row: int | None = None) -> dict[str, torch.Tensor]:
 def theirs(model: Qwen3VL, scene: Scene, folder) -> dict[str, np.ndarray]:
     """The outputs of `scenes.ours`, by transformers, which loads the weights from `folder`."""
     convert.save_pretrained(model, folder)
-    reference = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
+    kind = transformers.Qwen3VLForConditionalGeneration
+    if scene.config.vision is None:
+        kind = transformers.AutoModelForCausalLM
+    reference = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     given, mask = inputs(scene), torch.tensor(scene.mask)
-    grids = {key: given[key] for key in ("image_grid_thw", "video_grid_thw") if key in given}
-    positions, _ = reference.model.get_rope_index(
-        given["input_ids"],
-        given["mm_token_type_ids"],
-        attention_mask=given["attention_mask"],
-        **grids,
-    )
-    out = {"positions": (positions * mask).numpy().astype(np.int32)}
+    out = {}
+    if scene.config.vision is not None:
+        grids = {key: given[key] for key in ("image_grid_thw", "video_grid_thw") if key in given}
+        positions, _ = reference.model.get_rope_index(
+            given["input_ids"],
+            given["mm_token_type_ids"],
+            attention_mask=given["attention_mask"],
+            **grids,
+        )
+        out["positions"] = (positions * mask).numpy().astype(np.int32)
     if any(scene.pieces):
         with torch.no_grad():
             seen = reference.model.visual(*pixels(scene, None))

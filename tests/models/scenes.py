@@ -1,9 +1,12 @@
-"""Random Qwen3-VLs with random prompts of text, images and videos, and what ours makes of them.
+"""Random models with random prompts, and what ours makes of them.
+
+Qwen3-VLs with prompts of text, images and videos, and text models of its kind.
 
 Everything is drawn with numpy's frozen generator, so that a seed means the same scene anywhere:
 golden outputs are kept by seed alone.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -72,26 +75,28 @@ class Scene(NamedTuple):
 
     def positions(self) -> np.ndarray:
         """Position ids [3, n, p], zero at padding."""
-        out, merge = np.zeros((3, *self.tokens.shape), np.int32), self.config.vision
+        out = np.zeros((3, *self.tokens.shape), np.int32)
+        merge = self.config.vision.spatial_merge_size if self.config.vision else 1
         for row, pieces in enumerate(self.pieces):
             grids = [piece.grid for piece in pieces for _ in range(piece.pairs)]
             size = self.mask[row].sum()
             vision = self.kinds[row, :size] > 0
-            out[:, row, :size] = position_ids(vision, grids, merge.spatial_merge_size)[0]
+            out[:, row, :size] = position_ids(vision, grids, merge)[0]
         return out
 
     @property
     def weights(self) -> list[str]:
         """Names of tensors whose gradients are compared."""
-        text = "model.language_model"
+        text = "model.language_model" if self.config.vision else "model"
         last = self.config.text.num_hidden_layers - 1
         names = [
             f"{text}.embed_tokens.weight",
             f"{text}.layers.0.self_attn.k_proj.weight",
-            f"{text}.layers.{last}.self_attn.q_norm.weight",
             f"{text}.layers.{last}.mlp.down_proj.weight",
             f"{text}.norm.weight",
         ]
+        if self.config.text.qk_norm:
+            names.append(f"{text}.layers.{last}.self_attn.q_norm.weight")
         if any(self.pieces):
             names += [
                 "model.visual.patch_embed.proj.weight",
@@ -207,6 +212,19 @@ def draw(seed: int) -> Scene:
     return Scene(config, pieces, tokens, mask, slot, marks, patches, places, grid)
 
 
+def draw_text(seed: int, qk_norm: bool) -> Scene:
+    """The scene of a seed for a text model: Qwen3's with `qk_norm`, or else Llama's."""
+    whole = draw(seed - seed % len(KINDS))  # of text alone
+    text = whole.config.text
+    text = dataclasses.replace(
+        text,
+        qk_norm=qk_norm,
+        hidden_size=8 * text.num_attention_heads,  # transformers refuses a Llama of another width
+        mrope_section=(text.head_dim // 2, 0, 0),
+    )
+    return whole._replace(config=cfg.Qwen3VLConfig(text))
+
+
 def of_pieces(scene: Scene, features: np.ndarray) -> np.ndarray:
     """[n * k, f * v, d] -> [tokens, d]: of what exists, prompt by prompt."""
     most, merge = max(map(len, scene.pieces)), scene.config.vision.spatial_merge_size
@@ -273,7 +291,9 @@ def ours(model: Qwen3VL, scene: Scene) -> dict[str, np.ndarray]:
         return loss, features, logits, grads, greedy(state, kv)
 
     loss, features, logits, grads, tokens = run(state, scene.patches)
-    out = {"positions": positions * scene.mask, "loss": loss, "greedy": tokens}
+    out = {"loss": loss, "greedy": tokens}
+    if scene.config.vision is not None:  # a text's are counted
+        out["positions"] = positions * scene.mask
     out["logits"] = np.asarray(logits)[scene.mask]
     if features is not None:
         out["features"] = of_pieces(scene, features.embeds)

@@ -101,6 +101,8 @@ class Account:
     def _see(self, clips: int, trained: bool = False) -> Operations:
         """The vision tower over clips."""
         v, p = self.vision, self.settings.prompt
+        if v is None:
+            return Operations(0.0, 0.0, 0.0)
         patches = p.max_pixels // v.patch_size**2
         frames = clips * p.frames // v.temporal_patch_size
         merged, block = patches // v.spatial_merge_size**2, v.spatial_merge_size**2

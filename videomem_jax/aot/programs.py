@@ -97,8 +97,12 @@ def steps(s: cfg.Settings, config: Qwen3VLConfig, mesh: Mesh) -> Iterator[Step]:
 def batch(s: cfg.Settings, config: Qwen3VLConfig, b: int) -> Batch:
     """The shapes of a batch of b examples, as `data.pipeline` makes them."""
     t, p, v = s.prompt.segments, s.prompt.prefix_tokens, config.vision
-    patches = s.prompt.max_pixels // v.patch_size**2
-    pairs = s.prompt.frames // v.temporal_patch_size
+    # A text model's batches have the (empty) clips of a Qwen3-VL's.
+    patch, temporal, values = (
+        (v.patch_size, v.temporal_patch_size, v.patch_dim) if v else (16, 2, 1536)
+    )
+    patches = s.prompt.max_pixels // patch**2
+    pairs = s.prompt.frames // temporal
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
     whole = jnp.int32
     return Batch(
@@ -110,7 +114,7 @@ def batch(s: cfg.Settings, config: Qwen3VLConfig, b: int) -> Batch:
             next_position=shape(whole, b, t),
         ),
         clip=Clip(
-            patches=shape(jnp.uint8, b, t, pairs, patches, v.patch_dim),
+            patches=shape(jnp.uint8, b, t, pairs, patches, values),
             patch_positions=shape(whole, b, t, patches, 2),
             grid=shape(whole, b, t, 2),
         ),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from videomem_jax import instructions, llm
-from videomem_jax.data import video
+from videomem_jax.data import texts, video
 from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.records import LETTERS, BadRecord, Record
 from videomem_jax.data.sampling import frame_size
@@ -61,7 +61,7 @@ class Writer(Protocol):
     identity: str
 
     def write(self, record: Record) -> Draft:
-        """Raises NoReply, and VideoError where the record's video cannot be used."""
+        """Raises NoReply; VideoError, or BadRecord of a text, where it cannot be used."""
 
 
 class Reader:
@@ -85,7 +85,10 @@ class Reader:
 
 
 class EndpointWriter:
-    """The paper's pipeline: a VLM summarises each clip, an LLM goes through the summaries."""
+    """The paper's pipeline: a VLM summarises each clip, an LLM goes through the summaries.
+
+    The clips of a text are their own summaries.
+    """
 
     def __init__(self, vlm: llm.Client, writer: llm.Client, settings: Settings, count: Count):
         """`settings` gives segments, frames, pixels and the budget; `count` a memory's tokens."""
@@ -98,14 +101,7 @@ class EndpointWriter:
 
     def write(self, record: Record) -> Draft:
         """A draft; the summaries do not depend on the question, so a video's records share them."""
-        p = self._settings.prompt
-        info = self._decoder.probe(record.video)
-        part = (record.start, record.end)
-        times = self._decoder.times(record.video, p.segments, p.frames, *part)
-        size = frame_size(record.video, p.max_pixels, info)
-        clips = tuple(map(tuple, times.tolist()))
-        requests = [self._summary_of(record.video, clip, size) for clip in clips]
-        summaries = _values(self._vlm.ask(requests))
+        clips, summaries = self._clips(record)
         memories: list[str] = []
         for number, summary in enumerate(summaries, 1):
             before = memories[-1] if memories else ""
@@ -113,6 +109,19 @@ class EndpointWriter:
         read = self._reader.read(record, memories)
         answers, supported = zip(*read, strict=True)
         return Draft(clips, tuple(summaries), tuple(memories), answers, supported[-1])
+
+    def _clips(self, record: Record) -> tuple[tuple[tuple[float, ...], ...], Sequence[str]]:
+        """Times of the clips (of a text, the places of their ends), and what they show in words."""
+        p, part = self._settings.prompt, (record.start, record.end)
+        if texts.is_text(record.video):
+            read = texts.read(record.video, p.segments, *part)
+            return tuple(map(tuple, read.spans.tolist())), read.clips
+        info = self._decoder.probe(record.video)
+        times = self._decoder.times(record.video, p.segments, p.frames, *part)
+        size = frame_size(record.video, p.max_pixels, info)
+        clips = tuple(map(tuple, times.tolist()))
+        requests = [self._summary_of(record.video, clip, size) for clip in clips]
+        return clips, _values(self._vlm.ask(requests))
 
     def _summary_of(self, path: str, clip: tuple[float, ...], size: tuple[int, int]) -> llm.Request:
         frames = self._decoder.frames(path, clip, size)

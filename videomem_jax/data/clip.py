@@ -20,7 +20,7 @@ def make_clips(frames: UInt8[np.ndarray, "f h w 3"], segments: int, max_pixels: 
     height, width = frames.shape[1:3]
     room = max_pixels // 256
     patches = video.patchify(frames)
-    patches = patches.reshape(segments, -1, *patches.shape[1:])
+    patches = patches.reshape(segments, len(patches) // segments, *patches.shape[1:])
     patches = np.pad(patches, ((0, 0), (0, 0), (0, room - patches.shape[2]), (0, 0)))
     places = video.patch_positions(height, width)
     places = np.pad(places, ((0, room - len(places)), (0, 0)))

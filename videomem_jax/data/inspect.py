@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from videomem_jax import command_line, report
 from videomem_jax.atomic_file import replacing
-from videomem_jax.data import benchmarks, prepared, sources
+from videomem_jax.data import benchmarks, prepared, sources, texts
 from videomem_jax.data.benchmarks import Question
 from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError, Skipped
@@ -216,14 +216,17 @@ def _listed(counter: Counter, most: int = 12) -> str:
 def _decode(
     chosen: Sequence[Record | Question], decoder: Decoder
 ) -> tuple[list[Sample | None], list[tuple[str, str]]]:
-    """A few frames of each record's video, and what is wrong with those that have none."""
+    """A few frames of each record's video (None of a text), and what is wrong with which."""
     bad: list[tuple[str, str]] = []
 
     def read(record: Record | Question) -> Sample | None:
         asked = Wanted(record.video, 1, _PICTURES, _PIXELS, record.start, record.end)
         try:
+            if texts.is_text(record.video):
+                texts.read(record.video, 1, record.start, record.end)
+                return None
             return decoder.read(asked)
-        except VideoError as error:
+        except (VideoError, BadRecord) as error:
             bad.append((error.cause, str(error)))
             return None
 

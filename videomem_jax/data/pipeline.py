@@ -1,5 +1,7 @@
 """From records to batches, through grain: seek, decode, resize, patchify, tokenise.
 
+A record's clips are frames of its video, or parts of its text.
+
 Every record becomes one row of a `Batch` of fixed shapes. Order and position are grain's, so an
 iterator's state can be saved and restored exactly. A record whose video cannot be used is skipped,
 counted by cause and named; it never stops a run.
@@ -22,17 +24,16 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32
 
 from videomem_jax import settings as cfg
-from videomem_jax.batch import Batch, Chain, Clip, Prefix
-from videomem_jax.data.clip import make_clips
-from videomem_jax.data.frames import Frames
+from videomem_jax.batch import Batch, Chain
+from videomem_jax.data.clips import Clips
 from videomem_jax.data.records import LETTERS, BadRecord, Record, RecordError
 from videomem_jax.data.sources import Mixture
 from videomem_jax.data.video import VideoError
 from videomem_jax.hosts import Reader
-from videomem_jax.prompt import PromptError, answers, memory_ids, write_prefix
+from videomem_jax.prompt import PromptError, answers, memory_ids
 from videomem_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Loader:
       tokenizer: of the model.
       settings: of the run.
       segments: clips a video is cut into.
-      blind: whether frames are grey and show nothing.
+      blind: whether clips show nothing: frames are grey, texts empty.
       chains: whether chains of memory are of use, as in the cold start; else they are ignored.
     """
 
@@ -77,23 +78,20 @@ class Loader:
         chains: bool = True,
     ):
         self.tokenizer, self.settings, self.segments = tokenizer, settings, segments
-        self.blind, self.chains = blind, chains
-        self._frames = Frames(settings, segments)
+        self.chains = chains
+        self._clips = Clips(tokenizer, settings, segments, blind)
 
     def times(self, record: Record) -> np.ndarray:
-        """Sampling times [t, f] of a record's clips in seconds."""
-        return self._frames.times(record)
+        """Sampling times [t, f] of a record's clips in seconds; of a text, `texts.Text.spans`."""
+        return self._clips.times(record)
 
     def __call__(self, index: int, record: Record) -> Batch:
         """The row of a record; `index` is its place in the data set.
 
         Raises:
-          VideoError, PromptError, ConfigError: one sentence on what cannot be used.
+          VideoError, BadRecord, PromptError, ConfigError: one sentence on what cannot be used.
         """
-        times, frames, _ = self._frames.read(record)
-        if self.blind:
-            frames = np.full_like(frames, 127)
-        prefix, clip = self._shown(frames, times, self._asked(record))
+        times, prefix, clip = self._clips.of(record, self._asked(record))
         return Batch(
             prefix=prefix,
             clip=clip,
@@ -108,9 +106,7 @@ class Loader:
     def blank(self) -> Batch:
         """A row that is not `real`, in the shapes of all others: it fills up a batch."""
         sizes = self.settings.prompt
-        times = np.zeros((self.segments, sizes.frames))
-        frames = np.zeros((times.size, 32, 32, 3), np.uint8)
-        prefix, clip = self._shown(frames, times, ("", ()))
+        prefix, clip = self._clips.blank()
         choices = answers(self.tokenizer, (), "text", sizes.options, sizes.answer_tokens)
         return Batch(
             prefix=prefix,
@@ -122,29 +118,6 @@ class Loader:
             record=np.int32(0),
             real=np.bool_(False),
         )
-
-    def _shown(
-        self,
-        frames: UInt8[np.ndarray, "tf h w 3"],
-        times: Float[np.ndarray, "t f"],
-        asked: tuple[str, Sequence[str]],
-    ) -> tuple[Prefix, Clip]:
-        """What the model sees, [t, ...]."""
-        sizes = self.settings.prompt
-        height, width = frames.shape[1:3]
-        prefixes = [
-            write_prefix(
-                self.tokenizer,
-                *asked,
-                t,
-                (height // 16, width // 16),
-                sizes.prefix_tokens,
-                room=sizes.max_pixels // 1024,
-            )
-            for t in times
-        ]
-        prefix = jax.tree.map(lambda *a: np.stack(a), *prefixes)
-        return prefix, make_clips(frames, self.segments, sizes.max_pixels)
 
     def _asked(self, record: Record) -> tuple[str, Sequence[str]]:
         """What a prompt begins with: the question, and the options to letter below it."""

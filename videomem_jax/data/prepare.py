@@ -32,7 +32,7 @@ from tqdm import tqdm
 from videomem_jax import command_line, run
 from videomem_jax import settings as cfg
 from videomem_jax.atomic_file import replacing
-from videomem_jax.data import prepared, records, sources
+from videomem_jax.data import prepared, records, sources, texts
 from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.prepared import BAD, NAME, PLAN, SPLIT
 from videomem_jax.data.sampling import Wanted
@@ -64,6 +64,8 @@ def plan(s: cfg.Settings, storage: str, shard: int) -> dict[str, Any]:
         mixture, skipped = sources.read_mixture(name, s.data, open_ended=True)
         print(f"{mixture.summary()}; {skipped.summary()}")
         for record in tqdm(_readable(mixture), desc="records", total=len(mixture), delay=2):
+            if texts.is_text(record.video):
+                continue  # it has no frames
             video = Path(os.path.relpath(record.video, root)).as_posix()
             rows[video, record.start, record.end] = None
     sizes = {name: getattr(s.prompt, name) for name in ("segments", "frames", "max_pixels")}

@@ -1,9 +1,10 @@
-"""The one record schema: a question about a video, one JSON object a line.
+"""The one record schema: a question about a video or a text, one JSON object a line.
 
 A row of a JSONL file has these fields:
 
     id        string, unique in the file
-    video     string, path of the video, relative to the folder of the JSONL file
+    video     string, path of the video, relative to the folder of the JSONL file; or of a text
+              (.txt, .md), of which characters are counted wherever a video's seconds are
     question  string
     options   list of 2 to 26 different strings, without letters before them; [] for an open-ended
               question
@@ -64,7 +65,7 @@ class BadRecord(RecordError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A question about a video; the module's docstring explains the fields.
+    """A question about a video or text; the module's docstring explains the fields.
 
     Raises:
       BadRecord: on construction, when a value breaks the schema.

@@ -1,4 +1,4 @@
-"""Architecture of a Qwen3-VL: the fields of Hugging Face's `config.json`, frozen."""
+"""Architecture of a Qwen3-VL, or of a text model of its kind: Hugging Face's fields, frozen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder. `mrope_section` counts rotary frequencies for (time, height, width)."""
+    """The decoder.
+
+    `mrope_section` counts rotary frequencies for (time, height, width): all for time where there
+    are only texts. `qk_norm`: whether queries and keys are normed, as Qwen3's are and Llama's not.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -27,6 +31,7 @@ class TextConfig:
     rope_theta: float = 5e6
     mrope_section: tuple[int, int, int] = (24, 20, 20)
     tie_word_embeddings: bool = False
+    qk_norm: bool = True
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -83,16 +88,21 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLConfig:
-    """A whole Qwen3-VL, with the ids of its vision tokens."""
+    """A whole Qwen3-VL, with the ids of its vision tokens; without `vision`, a text model.
+
+    Those are Llama and Qwen3: the same decoder, and nothing else.
+    """
 
     text: TextConfig
-    vision: VisionConfig
+    vision: VisionConfig | None = None
     video_token_id: int = 151656
     image_token_id: int = 151655
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
 
     def __post_init__(self):
+        if self.vision is None:
+            return
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
                 f"vision out_hidden_size={self.vision.out_hidden_size} must equal the decoder's "
@@ -107,14 +117,19 @@ class Qwen3VLConfig:
     def to_hf(self) -> dict[str, Any]:
         """The contents of `config.json` as transformers reads it."""
         text = dataclasses.asdict(self.text)
-        rope = {
-            "rope_type": "default",
-            "rope_theta": text["rope_theta"],
-            "mrope_interleaved": True,
-            "mrope_section": list(text.pop("mrope_section")),
-        }
-        text |= {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False}
-        text |= {"rope_scaling": rope, "max_position_embeddings": 262144}
+        normed, section = text.pop("qk_norm"), text.pop("mrope_section")
+        rope = {"rope_type": "default", "rope_theta": text["rope_theta"]}
+        text |= {"hidden_act": "silu", "attention_bias": False, "max_position_embeddings": 262144}
+        if self.vision is None:
+            kind, name = ("qwen3", "Qwen3") if normed else ("llama", "Llama")
+            return {
+                "architectures": [f"{name}ForCausalLM"],
+                "model_type": kind,
+                "rope_parameters": rope,
+                **text,
+            }
+        rope |= {"mrope_interleaved": True, "mrope_section": list(section)}
+        text |= {"model_type": "qwen3_vl_text", "rope_scaling": rope}
         vision = dataclasses.asdict(self.vision)
         vision["deepstack_visual_indexes"] = list(self.vision.deepstack_visual_indexes)
         vision |= {"model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh"}
@@ -139,12 +154,15 @@ class Qwen3VLConfig:
         Raises:
           ConfigError: for another architecture or a missing key, naming it and `where`.
         """
-        if raw.get("model_type") != "qwen3_vl":
+        kind = raw.get("model_type")
+        if kind not in ("qwen3_vl", *_TEXT_MODELS):
             raise ConfigError(
-                f"{where}: model_type is {raw.get('model_type')!r}, but only dense Qwen3-VL "
-                f"('qwen3_vl') can be loaded"
+                f"{where}: model_type is {kind!r}, but only dense Qwen3-VL ('qwen3_vl') can be "
+                f"loaded, or for texts 'llama' and 'qwen3'"
             )
         try:
+            if kind in _TEXT_MODELS:
+                return cls(text=_text_model(raw, where))
             text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
             rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
             text["mrope_section"] = tuple(rope.get("mrope_section", (24, 20, 20)))
@@ -156,7 +174,8 @@ class Qwen3VLConfig:
             ids = {k: raw[k] for k in raw if k.endswith("_token_id") and k in _names(cls)}
             return cls(text=_pick(TextConfig, text), vision=_pick(VisionConfig, vision), **ids)
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{where}: not a complete Qwen3-VL config ({error})") from None
+            name = "Qwen3-VL" if kind == "qwen3_vl" else kind
+            raise ConfigError(f"{where}: not a complete {name} config ({error})") from None
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> Qwen3VLConfig:
@@ -171,6 +190,36 @@ class Qwen3VLConfig:
         except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON ({error})") from None
         return cls.from_hf(raw, str(path))
+
+
+# Text models by `model_type`: whether they norm queries and keys, and their file's defaults.
+_TEXT_MODELS = {
+    "llama": {"qk_norm": False, "rms_norm_eps": 1e-6},
+    "qwen3": {"qk_norm": True, "rms_norm_eps": 1e-6, "head_dim": 128},
+}
+
+
+def _text_model(raw: dict[str, Any], where: str) -> TextConfig:
+    """The decoder of a text model; ConfigError where it is another one than Qwen3-VL's."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for key, found, plain in (
+        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", raw.get("attention_bias", False), False),
+        ("mlp_bias", raw.get("mlp_bias", False), False),
+        ("use_sliding_window", raw.get("use_sliding_window", False), False),
+        ("rope_type", kind, "default"),
+    ):
+        if found != plain:
+            raise ConfigError(f"{where}: {key} is {found!r}, but only {plain!r} can be loaded")
+    heads = raw["num_attention_heads"]
+    known = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
+    known |= _TEXT_MODELS[raw["model_type"]]
+    known |= {key: value for key, value in raw.items() if value is not None}
+    theta = raw.get("rope_theta") or rope.get("rope_theta", 1e4)
+    # The three positions of a text's token are one.
+    section = (known["head_dim"] // 2, 0, 0)
+    return _pick(TextConfig, known | {"rope_theta": theta, "mrope_section": section})
 
 
 def _names(cls) -> set[str]:

@@ -1,4 +1,4 @@
-"""Qwen3-VL's decoder: layers scanned, keys and values handed out and in.
+"""Qwen3-VL's decoder, and Llama's: layers scanned, keys and values handed out and in.
 
 One forward serves the prompt (no context, one sequence a row), the update (r completions that
 share a prompt's keys and values) and, with a cache, sampling. Sampling and update thus run the
@@ -54,19 +54,17 @@ class Attention(nnx.Module):
         self.k_proj = layers.Linear(d, k * h, bias=False, rngs=rngs, split="out")
         self.v_proj = layers.Linear(d, k * h, bias=False, rngs=rngs, split="out")
         self.o_proj = layers.Linear(n * h, d, bias=False, rngs=rngs, split="in")
-        self.q_norm = layers.RMSNorm(h, config.rms_norm_eps)
-        self.k_norm = layers.RMSNorm(h, config.rms_norm_eps)
+        norm = lambda: layers.RMSNorm(h, config.rms_norm_eps) if config.qk_norm else None  # noqa: E731
+        self.q_norm, self.k_norm = norm(), norm()
         self.head_dim = h
 
     def project(self, x, angles):
         """Rotated queries and keys, and values: [n, r, s, heads, h]."""
         x = constrain(x, "rows", ...)
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return (
-            layers.rotate(self.q_norm(q), angles),
-            layers.rotate(self.k_norm(k), angles),
-            v,
-        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return layers.rotate(q, angles), layers.rotate(k, angles), v
 
     def _heads(self, y):
         y = constrain(y, "rows", ..., "hidden")

@@ -1,7 +1,8 @@
-"""Qwen3-VL as a whole: vision tower, decoder, output head."""
+"""Qwen3-VL as a whole: vision tower (none in a text model), decoder, output head."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -29,7 +30,7 @@ class Qwen3VL(nnx.Module):
         attention: str = "auto",
     ):
         self.config = config
-        self.visual = VisionTower(config.vision, rngs=rngs)
+        self.visual = None if config.vision is None else VisionTower(config.vision, rngs=rngs)
         self.language_model = Decoder(config.text, rngs=rngs, remat=remat, attention=attention)
         tied = config.text.tie_word_embeddings
         d, vocab = config.text.hidden_size, config.text.vocab_size
@@ -42,7 +43,10 @@ class Qwen3VL(nnx.Module):
         patch_positions: Int[Array, "n q 2"],
         grid: Int[Array, "n 2"],
     ) -> VisionFeatures:
-        """Vision features of n clips; see `VisionTower.__call__`."""
+        """Vision features of n clips; see `VisionTower.__call__`. Clips of text have none."""
+        if patches.shape[1] == 0:
+            n, d = len(patches), self.config.text.hidden_size
+            return VisionFeatures(jnp.zeros((n, 0, d)), jnp.zeros((0, n, 0, d)))
         return self.visual(patches, patch_positions, grid, self.dtype)
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
@@ -72,7 +76,7 @@ class Qwen3VL(nnx.Module):
           Hidden states, and keys and values [L, n, p, k, h].
         """
         x, deepstack = self.embed(tokens), None
-        if features is not None:
+        if features is not None and features.embeds.shape[1]:
             vision = place(features.embeds.astype(self.dtype), slot)
             x = jnp.where((slot >= 0)[..., None], vision, x)
             deepstack = DeepStack(features.deepstack, slot)
@@ -139,6 +143,18 @@ class Qwen3VL(nnx.Module):
                 kernel = self.lm_head.kernel
                 mean = kernel[...][:, jnp.array(others)].mean(1)
                 kernel[...] = kernel[...].at[:, new].set(mean)
+
+
+def with_rows(model: Qwen3VL, rows: int) -> Qwen3VL:
+    """The model with an embedding, and head, of so many rows: the new ones are zeros."""
+    text = dataclasses.replace(model.config.text, vocab_size=rows)
+    graph, shapes = nnx.split(abstract(dataclasses.replace(model.config, text=text), model.dtype))
+
+    def grown(leaf, shape):
+        more = [(0, new - old) for old, new in zip(leaf.shape, shape.shape, strict=True)]
+        return jnp.pad(leaf, more)
+
+    return nnx.merge(graph, jax.tree.map(grown, nnx.state(model), shapes))
 
 
 def abstract(config: Qwen3VLConfig, dtype=jnp.float32, **options) -> Qwen3VL:

@@ -3,6 +3,8 @@
     python -m videomem_jax.models.convert to-hf runs/demo/checkpoints/prpo OUT
     python -m videomem_jax.models.convert to-orbax DIR runs/new/checkpoints/prpo --config FILE
     python -m videomem_jax.models.convert merge-lora DIR ADAPTER OUT
+    python -m videomem_jax.models.convert from-gguf FILE OUT
+    python -m videomem_jax.models.convert add-rows DIR OUT
 
 COMMAND --help says what each takes.
 """
@@ -28,8 +30,10 @@ from videomem_jax import command_line, export, run, settings, sharding
 from videomem_jax.checkpoint import CheckpointError, Checkpoints, steps_in, trained_parameters
 from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig
+from videomem_jax.models.convert import gguf
 from videomem_jax.models.convert.read import open_tensors
-from videomem_jax.models.qwen3_vl import abstract
+from videomem_jax.models.convert.write import copy_companions
+from videomem_jax.models.qwen3_vl import abstract, with_rows
 from videomem_jax.tokenizer import Tokenizer
 from videomem_jax.trainer import Trainer
 
@@ -157,6 +161,22 @@ def merge_lora(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.model} with {changed} matrices of {args.adapter} merged")
 
 
+def from_gguf(args: argparse.Namespace) -> None:
+    """Writes a GGUF file of a Llama or Qwen3 as a Hugging Face folder."""
+    gguf.convert(args.file, args.out, jnp.dtype(args.dtype or "float32"))
+    print(f"{args.out}: the model of {args.file}")
+
+
+def add_rows(args: argparse.Namespace) -> None:
+    """Writes a model whose embedding has rows for the tags of the memory format."""
+    tokenizer, model = Tokenizer.load(args.model), convert.load_pretrained(args.model)
+    rows = gguf.rows_for(len(tokenizer), model.config.text.vocab_size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    copy_companions(args.model, args.out)
+    export.save(with_rows(model, rows), tokenizer, args.out, dtype=args.dtype)
+    print(f"{args.out}: the model of {args.model} with {rows} rows")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     whole = command_line.parser_of("videomem_jax.models.convert", __doc__)
@@ -179,7 +199,9 @@ def parser() -> argparse.ArgumentParser:
     three = command(
         "merge-lora", merge_lora, ("model", hf), ("adapter", "folder of peft"), ("out", out)
     )
-    for part in (one, three):
+    four = command("from-gguf", from_gguf, ("file", "of llama.cpp's format"), ("out", out))
+    five = command("add-rows", add_rows, ("model", hf), ("out", out))
+    for part in (one, three, four, five):
         part.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all")
     return whole
 

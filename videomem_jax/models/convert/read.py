@@ -41,7 +41,7 @@ def load_pretrained(
     shardings: Any = None,
     **options,
 ) -> Qwen3VL:
-    """Reads a Qwen3-VL from a Hugging Face folder.
+    """Reads a Qwen3-VL, or a text model (Llama, Qwen3), from a Hugging Face folder.
 
     All names and shapes are checked before the first number is read. A tensor is read straight into
     the shards of its parameter, and a large stack layer by layer, so the host holds a layer of one
@@ -136,7 +136,8 @@ def check(folder: pathlib.Path, table: list[Tensors], files: dict[str, Stored]) 
         )
     extra = [name for name in files if name not in expected]
     if extra == [HEAD]:
-        _check_tied(files[HEAD], files[EMBEDDING])
+        embedding = next(entry.names[0] for entry in table if entry.path == EMBEDDING)
+        _check_tied(files[HEAD], files[embedding])
     elif extra:
         raise WeightsError(
             f"{files[extra[0]].file}: tensor {extra[0]} is unexpected{_more(extra)}: the model "
@@ -164,7 +165,7 @@ def _check_tied(head: Stored, embedding: Stored) -> None:
         not np.array_equal(head.slice[rows], embedding.slice[rows]) for rows in blocks
     ):
         raise WeightsError(
-            f"{head.file}: tensor {HEAD} differs from {EMBEDDING}, but config.json says "
+            f"{head.file}: tensor {HEAD} differs from the embedding, but config.json says "
             f"tie_word_embeddings: set it to false to load a separate head"
         )
 

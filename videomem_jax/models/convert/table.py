@@ -16,7 +16,8 @@ from videomem_jax.models.qwen3_vl import Qwen3VL
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDING = ("language_model", "embed_tokens")  # where it stands in the model
 _STACKS = (("visual", "blocks"), ("language_model", "layers"))
 # Most bytes of a tensor that are read at a time: what is converted on the way needs no more.
 _BLOCK = 2**24
@@ -72,13 +73,14 @@ class Tensors(NamedTuple):
 
 def tensors(model: Qwen3VL) -> list[Tensors]:
     """The table of names, in the order of `jax.tree.leaves(nnx.state(model, nnx.Param))`."""
-    config, table = model.config.vision, []
-    pixels = (config.in_channels, config.temporal_patch_size, *[config.patch_size] * 2)
+    vision, table = model.config.vision, []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))[0]:
         path = tuple(str(key.key) for key in keys[:-1])
         stacked = path[:2] in _STACKS
         shape = leaf.shape[1:] if stacked else leaf.shape
         parts = list(path) if path[0] == "lm_head" else ["model", *path]
+        if vision is None and path[0] == "language_model":  # a text model has nothing beside it
+            parts.remove("language_model")
         if path[-1] in ("kernel", "scale"):
             parts[-1] = "weight"
         elif path[-1] != "bias":
@@ -87,9 +89,11 @@ def tensors(model: Qwen3VL) -> list[Tensors]:
             shape = shape[::-1]
         if path[:2] == ("visual", "patch_embed"):
             parts.insert(3, "proj")
+            pixels = (vision.in_channels, vision.temporal_patch_size, *[vision.patch_size] * 2)
             shape = (shape[0], *pixels) if path[-1] == "kernel" else shape
         names = [".".join(parts)]
         if stacked:
-            names = [".".join([*parts[:3], str(i), *parts[3:]]) for i in range(leaf.shape[0])]
+            at = parts.index(path[1]) + 1
+            names = [".".join([*parts[:at], str(i), *parts[at:]]) for i in range(leaf.shape[0])]
         table.append(Tensors(path, tuple(names), tuple(shape), stacked))
     return table
