@@ -61,7 +61,7 @@ def run_plainly(tiny, form, batch, features, key, sampling, choose):
             VisionFeatures(features.embeds[:, t], features.deepstack[:, :, t]),
             *(before, batch.choices, draw),
         )
-        chosen, extra = chooses(parsed, t, choice)
+        chosen, extra = chooses(completions, parsed, t, choice)
         yield memory.Steps(before, completions, parsed, extra)
         good, said, lengths = (np.asarray(a) for a in parsed[:3])
         carried = [

@@ -157,9 +157,7 @@ class PRPO:
     clip_high: float = 0.2  # nor one above 1 + clip_high
     kl_coef: float = 0.0  # weight of KL(policy || cold start); 0 keeps no reference in memory
     entropy_coef: float = 0.0  # weight of an entropy bonus
-    expected: bool = (
-        False  # a memory earns what answers earn after it on average, not the one drawn
-    )
+    expected: bool = False  # a memory earns what its answers do on average, not the one drawn
     adv_norm: str = "std"  # "std" (GRPO) or "none" (Dr. GRPO)
     loss_agg: str = "seq"  # "seq" (GRPO), "token" (DAPO) or "constant" (Dr. GRPO)
     updates_per_rollout: int = 1  # optimizer steps on the same completions
