@@ -232,7 +232,10 @@ def train(config, workdir_flag: str, make_trainer: Callable[..., Trainer] = Trai
             elif steps:
                 with watch(name):
                     batch = s.coldstart.batch if name == "coldstart" else s.prpo.batch
-                    trainer = make_trainer(loaded.model, loaded.form, s, mesh, name)
+                    form = loaded.form
+                    if name == "coldstart" and s.coldstart.instruction:
+                        form = loaded.instructed(s.coldstart.instruction)
+                    trainer = make_trainer(loaded.model, form, s, mesh, name)
                     phase = Phase(
                         name,
                         s,

@@ -20,8 +20,11 @@ def get_config():
     config.prompt.frames = 8
     config.prompt.max_pixels = 6 * 32 * 32
     config.prompt.prefix_tokens = 96
-    # The base knows this word: tell the cards that the question is about.
+    # The base knows these words: "tell the cards that the question is about", and "tell all of
+    # them". Chains keep some card or other, whatever the question: taught as what the first word
+    # asks for, they unteach it.
     config.prompt.instruction = "Cards."
+    config.coldstart.instruction = "Continue."
     # So small a model answers with an option's word: to find its letter is a skill of its own.
     config.prompt.answer = "text"
     config.prompt.options = 4
@@ -30,7 +33,7 @@ def get_config():
     # A card takes 2 tokens. A video shows 8 on average: 5 fit, and more than 2 cost.
     config.memory.slots = 10
     config.memory.budget = 4
-    config.coldstart.steps = 250
+    config.coldstart.steps = 120
     config.coldstart.batch = 16
     config.coldstart.accumulate = 2
     # Its answers are one token in ten: with weight 1, 69% of those that the memory supported were

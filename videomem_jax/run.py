@@ -250,6 +250,10 @@ class Loaded:
     tokenizer: Tokenizer
     form: Format
 
+    def instructed(self, text: str) -> Format:
+        """The format with another instruction."""
+        return self.form._replace(instruction=prompt.instruction(self.tokenizer, text))
+
 
 def check_weights(s: settings.Settings) -> None:
     """ConfigError, at once, if the folder of weights that the config names is not one."""
