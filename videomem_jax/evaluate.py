@@ -179,7 +179,7 @@ def run(
                 reader=hosts.reader(evaluator.shard),
             )
         ):
-            given = jax.tree.map(lambda a: a[batch.record], before)
+            given = before and mem.Memory(*(part[batch.record] for part in before))
             found = evaluator.read(params, grammar, batch, given)
             for i in np.flatnonzero(found.real):
                 at = int(found.record[i])
