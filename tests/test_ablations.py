@@ -47,6 +47,9 @@ def test_a_difference_is_paired_by_seed():
         (2.0, Estimate(0.1, NAN, NAN, 1), "one seed, which agrees in direction"),
         (-2.0, Estimate(0.1, NAN, NAN, 1), "one seed, which does not agree in direction"),
         (2.0, Estimate(0.0, NAN, NAN, 1), "one seed, which does not agree in direction"),
+        (0.01, Estimate(0.1, -0.05, 0.25, 3), "none to be told from zero, which agrees"),
+        (0.01, Estimate(0.1, 0.05, 0.15, 3), "not shown to be none"),
+        (0.01, Estimate(0.1, NAN, NAN, 1), "not shown to be none"),
     ],
 )
 def test_agreement(paper_says, here, found):
@@ -266,7 +269,7 @@ def test_the_page_says_what_the_runs_say(some, tmp_path):
     assert row_of(text, "GRPO (neither PSP nor TCR)")[1] == "60.0"
     assert row_of(text, "groups with a signal, %")[1:3] == ["75.0", "75.0"]
     assert row_of(text, "completions rewarded for their answer, %")[1] == "40.0"
-    assert "With its memory wiped, the trained model's last answer" in text
+    assert "last clip are right -40.0 points more often" in text  # with the memory wiped
     assert "changes by -20.0% of itself" in text and "this does not agree" in text
     assert "grpo-1" in gone and "full-2" in gone and "full-0" not in gone.replace("of full-0", "")
     assert "`grpo-1`" in text and "next to untrained" not in text

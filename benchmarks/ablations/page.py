@@ -118,7 +118,7 @@ def _commands(runs: Runs) -> str:
     blocks = []
     for variant in VARIANTS.values():
         try:
-            lines = [shell(command) for command in runs.commands(variant, 0)]
+            lines = [shell(runs.commands(variant, 0)[0])]
         except RunError as error:
             lines = [f"# {error}"]
         if variant.changes.get("data.task") == "records":
@@ -129,7 +129,7 @@ def _commands(runs: Runs) -> str:
     blocks.append("\n".join(["# studies of full", shell(runs.data_command()), *lines]))
     listed = "\n\n".join(blocks)
     return (
-        "## The commands\n\nThose of seed 0; another seed is another `--config.seed`, with its "
-        f"folders. Those without a cold start of their own go on from that of `coldstart`.\n\n"
+        "## The commands\n\nEach training is followed by `eval.py` with the same flags. These are "
+        "of seed 0; another seed is another `--config.seed`, with its folders.\n\n"
         f"```bash\n{listed}\n```"
     )

@@ -40,7 +40,10 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estim
 
 
 def agreement(paper: float, here: Estimate) -> str:
-    """Whether a difference has the direction that the paper's has."""
+    """Whether a difference has the direction that the paper's (in points) has."""
+    if abs(paper) < 0.05:  # none, as far as its digits tell
+        none = here.low <= 0 <= here.high
+        return "none to be told from zero, which agrees" if none else "not shown to be none"
     if math.isnan(here.low):
         same = here.mean * paper > 0
         return f"one seed, which {'agrees' if same else 'does not agree'} in direction"

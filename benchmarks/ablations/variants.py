@@ -62,6 +62,13 @@ _ORDINARY = {
     "prompt.answer_from": "all",
 }
 _GRPO = {"prpo.psp": False, "prpo.tcr": False}
+_COMPONENTS = (
+    _prpo("no_psp", "without PSP", psp=False),
+    _prpo("no_tcr", "without TCR", tcr=False),
+    _prpo("no_penalty", "without the memory penalty", penalty=False),
+    Variant("grpo", "GRPO (neither PSP nor TCR)", _GRPO),
+    Variant("grpo_time", "GRPO, equal time", _GRPO, as_long_as="full", like="grpo"),
+)
 BUDGETS, GROUPS, PATHS = (0, 2, 8, 10), (4, 16), (2, 4)
 TAUS, GAMMAS = (0.1, 2.0), (0.98, 1.0)
 
@@ -73,11 +80,7 @@ VARIANTS = {
         # Never taught the format, it is held to it in evaluation, as the base is.
         Variant("prpo_only", "PRPO only", {"coldstart.steps": 0, "eval.forced": True}, start=""),
         _prpo("full", "cold start + PRPO"),
-        _prpo("no_psp", "without PSP", psp=False),
-        _prpo("no_tcr", "without TCR", tcr=False),
-        _prpo("no_penalty", "without the memory penalty", penalty=False),
-        Variant("grpo", "GRPO (neither PSP nor TCR)", _GRPO),
-        Variant("grpo_time", "GRPO, equal time", _GRPO, as_long_as="full", like="grpo"),
+        *_COMPONENTS,
         *(Variant(f"budget_{n}", f"budget {n}", {"memory.budget": n}) for n in BUDGETS),
         *(_prpo(f"group_{n}", f"group of {n}", group_size=n) for n in GROUPS),
         *(_prpo(f"paths_{n}", f"{n} paths", paths=n) for n in PATHS),
@@ -100,7 +103,7 @@ class Needs:
 
 TABLES = {
     "coldstart": Needs(("coldstart", "ordinary", "prpo_only", "full")),
-    "components": Needs(("full", "no_psp", "no_tcr", "no_penalty", "grpo", "grpo_time")),
+    "components": Needs(("full", *(variant.name for variant in _COMPONENTS))),
     "tcr": Needs(("full", "no_tcr")),
     "memory": Needs(("full",), ("memory",)),
     "length": Needs(("full",), ("segments", "extent")),
