@@ -1,8 +1,8 @@
 # make demo   the main job: data from a real film, cold start, PRPO, evaluation, report
-# make test   the tests that are quick (make test-slow: the others)
-# make test-lmms  lmms-eval on a folder of the tests (installs it: 3 GB and more)
 # make ablations  the paper's tables in small, docs/RESULTS.md: many hours, can be stopped at any
 #             time (make ablations ARGS=--quick: minutes, to see that all works)
+# make test   the tests that are quick (make test-slow: the others)
+# make test-lmms  lmms-eval on a folder of the tests (installs it: 3 GB and more)
 # make base   trains the demo's base model anew (its weights are shipped)
 # make aot    compiles the large configurations for TPU slices and GPU nodes, which need not be here,
 #             and says whether they fit and what a step costs (make aot-tpu, make aot-gpu: one kind)
@@ -13,12 +13,13 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 ARGS ?=
 
-.PHONY: demo ablations test test-slow test-lmms lint base clean aot aot-tpu aot-gpu aot-chip
+.PHONY: demo test test-slow test-lmms lint base clean aot aot-tpu aot-gpu aot-chip
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 	$(RUN) eval.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 
+.PHONY: ablations
 ablations: $(VENV)/installed
 	$(RUN) -m benchmarks.ablations $(ARGS)
 
