@@ -1,4 +1,6 @@
 # make demo   the main job: data from a real film, cold start, PRPO, evaluation, report
+# make ablations  the paper's tables in small, docs/RESULTS.md: many hours, can be stopped at any
+#             time (make ablations ARGS=--quick: minutes, to see that all works)
 # make test   the tests that are quick (make test-slow: the others)
 # make test-lmms  lmms-eval on a folder of the tests (installs it: 3 GB and more)
 # make base   trains the demo's base model anew (its weights are shipped)
@@ -19,6 +21,10 @@ ARGS ?=
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 	$(RUN) eval.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
+
+.PHONY: ablations
+ablations: $(VENV)/installed
+	$(RUN) -m benchmarks.ablations $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -m "not slow"

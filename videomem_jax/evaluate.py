@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -30,9 +31,13 @@ from videomem_jax.tokenizer import Tokenizer
 
 
 class Reading(NamedTuple):
-    """Memories and answers [t, b, ...] of a whole batch, on every host, and whose they are."""
+    """Memories and answers [t, b, ...] of a whole batch, on every host, and whose they are.
+
+    `before` are the memories that the steps started from, [t, b, m].
+    """
 
     parsed: Parsed
+    before: mem.Memory
     record: Int32[np.ndarray, " b"]
     real: Bool[np.ndarray, " b"]
 
@@ -51,7 +56,7 @@ class Evaluator:
         self.shard = sharding.batch_sharding(mesh)
         self.read_step = jax.jit(
             sharding.laid_out(mesh, self._read),
-            in_shardings=(None, None, self.shard),
+            in_shardings=(None, None, self.shard, self.shard),
             out_shardings=sharding.replicated(mesh),
         )
 
@@ -60,26 +65,41 @@ class Evaluator:
         params = nnx.state(model)
         return sharding.place(params, sharding.parameter_shardings(self._mesh, params))
 
-    def read(self, params: nnx.State, grammar: Grammar, batch: Batch) -> Reading:
-        """What is read in the parts `[b / readers, ...]` of a batch that the processes give."""
-        placed = hosts.spread(self.shard, batch)
-        return jax.device_get(self.read_step(params, grammar, placed))
+    def read(
+        self,
+        params: nnx.State,
+        grammar: Grammar,
+        batch: Batch,
+        before: mem.Memory | None = None,
+    ) -> Reading:
+        """What is read in the parts `[b / readers, ...]` of a batch that the processes give.
 
-    def _read(self, params, grammar: Grammar, batch: Batch) -> Reading:
+        Args:
+          params: of `place`.
+          grammar: decides whether the format is forced.
+          batch: this process's rows.
+          before: memories [b, t, m] that stand in place of those that the model carries.
+        """
+        placed = hosts.spread(self.shard, (batch, before))
+        return jax.device_get(self.read_step(params, grammar, *placed))
+
+    def _read(self, params, grammar: Grammar, batch: Batch, before) -> Reading:
         params = kernels_in(params, self._dtype)
         model, form = nnx.merge(self._graph, params), self._form._replace(grammar=grammar)
         sampling = mem.Sampling(group=1, paths=1, temperature=1.0, greedy=True)
         features = mem.see(model, batch.clip)
-        steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling)
-        parsed = jax.tree.map(lambda a: a[:, :, 0], steps.parsed)
-        return Reading(parsed, batch.record, batch.real)
+        given = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], before)
+        steps = mem.loop(model, form, batch, features, jax.random.key(0), sampling, before=given)
+        said = jax.tree.map(lambda a: a[:, :, 0], (steps.parsed, steps.before))
+        return Reading(*said, batch.record, batch.real)
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """What a model made of one record: memories and provisional answers, one a segment.
 
-    An answer is None where the format was broken.
+    An answer is None where the format was broken. `before` are the memories that the segments
+    started from, [t, m].
     """
 
     record: Record
@@ -87,6 +107,7 @@ class Item:
     memories: list[str]
     tokens: list[int]
     answers: list[str | None]
+    before: mem.Memory
 
     def right(self, segment: int = -1) -> bool:
         """Whether the answer after a segment (the last by default) is the gold one."""
@@ -129,10 +150,13 @@ def run(
     settings: cfg.Settings,
     segments: int,
     blind: bool = False,
+    before: mem.Memory | None = None,
 ) -> tuple[list[Item], pipeline.Skips]:
     """Reads every record's video; with `blind`, frames are grey and show nothing.
 
     The processes share the records. `grammar` decides whether the format is forced on the model.
+    With `before`, each segment of a record starts from the memory given there, [n, t, m], and not
+    from what the model wrote: `wiped` and `swapped` show what an answer owes to its memory.
 
     Returns:
       One item a record that could be read, in their order, and the count of those that could not;
@@ -155,10 +179,11 @@ def run(
                 reader=hosts.reader(evaluator.shard),
             )
         ):
-            found = evaluator.read(params, grammar, batch)
+            given = before and mem.Memory(*(part[batch.record] for part in before))
+            found = evaluator.read(params, grammar, batch, given)
             for i in np.flatnonzero(found.real):
                 at = int(found.record[i])
-                items[at] = _item(records[at], loader, tokenizer, found.parsed, i)
+                items[at] = _item(records[at], loader, tokenizer, found, i)
                 bar.update()
     skips.counts = _added(skips.counts, evaluator)
     if records and not items:  # where one process reads all, it has said so, with an example
@@ -175,8 +200,33 @@ def together(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _item(record: Record, loader, tokenizer: Tokenizer, parsed: Parsed, i: int) -> Item:
-    lengths = [int(n) for n in parsed.length[:, i]]
+def wiped(items: Sequence[Item]) -> mem.Memory:
+    """Empty memories for all segments of the items' records, [n, t, m]."""
+    return jax.tree.map(lambda *a: np.zeros_like(np.stack(a)), *(item.before for item in items))
+
+
+def swapped(items: Sequence[Item]) -> mem.Memory:
+    """Memories for all segments of the items' records, [n, t, m], from another video each.
+
+    An item's are those with which the next item of another video was read, of the same category
+    if there is one: written for such a question, but about what this video does not show.
+
+    Raises:
+      RecordError: all items are of one video.
+    """
+    count, order = len(items), []
+    for i, item in enumerate(items):
+        others = [(i + k) % count for k in range(1, count)]
+        others = [j for j in others if items[j].record.video != item.record.video]
+        alike = [j for j in others if items[j].record.category == item.record.category]
+        if not others:
+            raise RecordError("all questions are about one video: no other's memory can be given")
+        order.append((alike or others)[0])
+    return jax.tree.map(lambda *a: np.stack(a), *(items[j].before for j in order))
+
+
+def _item(record: Record, loader, tokenizer: Tokenizer, found: Reading, i: int) -> Item:
+    parsed, lengths = found.parsed, [int(n) for n in found.parsed.length[:, i]]
     memories = zip(parsed.memory[:, i], lengths, strict=True)
     return Item(
         record,
@@ -184,6 +234,7 @@ def _item(record: Record, loader, tokenizer: Tokenizer, parsed: Parsed, i: int) 
         [tokenizer.decode(ids[:n]) for ids, n in memories],
         lengths,
         [LETTERS[a] if a >= 0 else None for a in parsed.answer[:, i]],
+        jax.tree.map(lambda a: a[:, i], found.before),
     )
 
 

@@ -204,6 +204,7 @@ def loop(
     key: jax.Array,
     sampling: Sampling,
     choose: Choose = first_of_each,
+    before: Memory | None = None,
 ) -> Steps:
     """Reads all clips in order, carrying `sampling.paths` memories an example.
 
@@ -215,12 +216,14 @@ def loop(
       key: of all draws; folded with the segment.
       sampling: how to draw.
       choose: picks the memories to hand on, and may add what the caller wants to keep.
+      before: memories [t, b, k, m] that the steps start from in place of those handed on.
     """
     b, t = batch.prefix.next_position.shape
     start = empty(b, sampling.paths, form.grammar.slots, form.ids.pad)
 
     def one(memory, inputs):
-        segment, prefix, embeds, deepstack = inputs
+        segment, prefix, embeds, deepstack, given = inputs
+        memory = memory if given is None else given
         sample_key, choose_key = jax.random.split(jax.random.fold_in(key, segment))
         completions, parsed = step(
             model,
@@ -240,6 +243,7 @@ def loop(
         jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), batch.prefix),
         jnp.moveaxis(features.embeds, 1, 0),
         jnp.moveaxis(features.deepstack, 2, 0),
+        before,
     )
     return jax.lax.scan(one, start, inputs)[1]
 

@@ -126,7 +126,9 @@ class Coldstart:
     batch: int = 32  # examples; each gives one sequence a segment
     accumulate: int = 1  # micro-batches a step; 0: a prompt a device at a time
     answer_weight: float = 1.0  # of an answer's tokens in the loss; a memory's have 1
-    instruction: str = ""  # in place of `prompt.instruction`, where chains obey another; "": the same
+    instruction: str = (
+        ""  # in place of `prompt.instruction`, where chains obey another; "": the same
+    )
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 
@@ -197,6 +199,7 @@ class Eval:
     batch: int = 32  # examples read together
     long_segments: int = 8  # segments of the videos in data.test_long
     limit: int = 0  # questions of each set; 0 for all
+    forced: bool = False  # hold trained models to the format too, as the base always is
     timelines: int = 12  # in the report
 
 

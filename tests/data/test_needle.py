@@ -127,6 +127,20 @@ def test_card_times():
     assert set(counts) == {1, 2, 3}
 
 
+def test_few_cards_in_a_long_video():
+    """Of a split with a number of cards: however long the videos are, they have no more."""
+    spec = SplitSpec(40, 4, segments=32, part="test", seed=1, cards=8)
+    made = [record for plan in needle._plans("x", spec) for record in plan.records]
+    clips = Counter()
+    for record in one_a_video(made):
+        cards = record.meta["cards"]
+        assert 7 <= len(cards) <= 9 and record.duration == 512
+        assert all(c["segment"] == needle_video.sampled_time(c["time"]) // 16 for c in cards)
+        assert np.diff([c["time"] for c in cards]).min() >= 4
+        clips.update(card["segment"] for card in cards)
+    assert len(clips) > 28 and max(clips.values()) < 40 * 8 / 32 * 2.5  # all over the video
+
+
 def test_splits_share_nothing(demo):
     parts = needle_video.PARTS
     for a, b in itertools.combinations(parts.values(), 2):
@@ -318,6 +332,10 @@ def test_folder_that_cannot_be_made(tmp_path):
         ({"questions_per_video": 7}, "1 to 6 questions"),
         ({"segments": 3}, "4 to 10 segments"),
         ({"segments": 11}, "4 to 10 segments"),
+        ({"segments": 3, "cards": 8}, "4 to 10 segments"),
+        ({"cards": 7}, r"0 or 8 to 11 \(in 4 segments\), found 7"),
+        ({"cards": 12}, r"0 or 8 to 11 \(in 4 segments\), found 12"),
+        ({"segments": 8, "cards": 21}, "0 or 8 to 20"),
         ({"shares": (8, 3, 3, 3)}, "5 numbers that add up to 20"),
         ({"shares": (8, 3, 3, 3, 4)}, "5 numbers that add up to 20"),
         ({"shares": (5, 2, 3, 5, 5), "questions_per_video": 5}, "all but the first at most 4"),
@@ -329,12 +347,12 @@ def test_impossible_specs(change, says):
         dataclasses.replace(ONE["val"], **change)
 
 
-@pytest.mark.parametrize("segments", [4, 10])
+@pytest.mark.parametrize(
+    ("segments", "cards"), [(4, 0), (10, 0), (4, 8), (4, 11), (8, 20), (32, 8), (32, 20)]
+)
 @pytest.mark.parametrize("questions", [1, 2, 3, 5, 6])
-def test_every_spec_that_is_allowed_can_be_made(segments, questions):
-    spec = SplitSpec(
-        videos=40, questions_per_video=questions, segments=segments, part="val", seed=1
-    )
+def test_every_spec_that_is_allowed_can_be_made(segments, cards, questions):
+    spec = SplitSpec(40, questions, segments, part="val", seed=1, cards=cards)
     made = [record for plan in needle._plans("x", spec) for record in plan.records]
     assert len(made) == 40 * questions
     for record in made:

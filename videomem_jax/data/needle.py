@@ -55,10 +55,11 @@ class SplitSpec:
     Attributes:
       videos: number of videos.
       questions_per_video: 1 to 6; more would repeat questions.
-      segments: clips of 16 s in a video, 4 to 10.
+      segments: clips of 16 s in a video: 4 to 10, or with `cards` 4 or more.
       part: key of `needle_video.PARTS`, the film and handwriting to make videos of.
       seed: of the split; splits with different seeds have no card sequence in common.
       shares: of the `KINDS`, in twentieths.
+      cards: in a video, give or take one, however long it is: 8 to 20; 0 for two a clip.
     """
 
     videos: int
@@ -67,6 +68,7 @@ class SplitSpec:
     part: str
     seed: int
     shares: tuple[int, ...] = (8, 3, 3, 3, 3)
+    cards: int = 0
 
     def __post_init__(self):
         if self.videos < 1 or not 1 <= self.questions_per_video <= 6:
@@ -75,8 +77,17 @@ class SplitSpec:
                 f"{self.videos} and {self.questions_per_video}."
             )
         # Fewer have no room for the cards of every question, more need more pictures than exist.
-        if not 4 <= self.segments <= 10:
-            raise ValueError(f"A split needs 4 to 10 segments a video, found {self.segments}.")
+        if self.segments < 4 or (self.segments > 10 and not self.cards):
+            raise ValueError(
+                f"A split needs 4 to 10 segments a video, or more with a number of cards, found "
+                f"{self.segments}."
+            )
+        most = min(20, 3 * self.segments - 1)  # a clip has room for 3
+        if self.cards and not 8 <= self.cards <= most:
+            raise ValueError(
+                f"'cards' must be 0 or 8 to {most} (in {self.segments} segments), found "
+                f"{self.cards}."
+            )
         # Twice in a video, all but "colour" would ask the same or find no colours to count.
         most = max(self.shares[1:], default=0) * self.questions_per_video
         if len(self.shares) != len(KINDS) or sum(self.shares) != 20 or most > 20:
@@ -153,7 +164,10 @@ def _prepare(folder: Path, name: str, spec: SplitSpec) -> list[int]:
     """Makes a split's folder ready; returns the numbers of the videos that it lacks."""
     place = folder / name
     made_from = place / "spec.json"
-    text = json.dumps({"version": _VERSION, "assets": _assets_hash()} | dataclasses.asdict(spec))
+    asked = dataclasses.asdict(spec)
+    if not spec.cards:  # such splits are what they were before there was this choice
+        del asked["cards"]
+    text = json.dumps({"version": _VERSION, "assets": _assets_hash()} | asked)
     if not made_from.exists() or made_from.read_text() != text:
         old = [*folder.glob(f"{name}.jsonl"), *place.glob("*.mp4")]
         if old and not made_from.exists():
@@ -214,7 +228,7 @@ def _plans(name: str, spec: SplitSpec) -> Iterator[_Plan]:
     """Draws the cards and questions of every video of a split."""
     for index, asked in enumerate(_deal(spec)):
         rng = np.random.default_rng([spec.seed, 0, index])
-        cards = _draw_cards(rng, spec.segments, asked)
+        cards = _draw_cards(rng, spec, asked)
         unique = _colours_shown(cards, 1)
         rng.shuffle(unique)
         made = []
@@ -265,14 +279,14 @@ def _deal(spec: SplitSpec) -> list[list[tuple[str, str]]]:
 
 
 def _draw_cards(
-    rng: np.random.Generator, segments: int, asked: Sequence[tuple[str, str]]
+    rng: np.random.Generator, spec: SplitSpec, asked: Sequence[tuple[str, str]]
 ) -> list[Card]:
     """Draws a video's cards so that the questions asked about it can be answered.
 
-    Two cards a clip on average; pictures differ; at least two colours, and one for each
-    "colour" question, are shown once; a "count" question has its colour.
+    Two cards a clip on average, or as many as asked for; pictures differ; at least two colours, and
+    one for each "colour" question, are shown once; a "count" question has its colour.
     """
-    number = 2 * segments + int(rng.integers(-1, 2))
+    number = (spec.cards or 2 * spec.segments) + int(rng.integers(-1, 2))
     kinds = [kind for kind, _ in asked]
     counts = {_LETTERS.index(letter) + 1 for kind, letter in asked if kind == "count"}
     alone = max(2, kinds.count("colour"))
@@ -283,7 +297,7 @@ def _draw_cards(
     colours = rng.permutation(list(needle_video.COLOURS))[: len(parts)]
     shown = rng.permutation(np.repeat(colours, parts))
     pictures = rng.permutation(needle_video.PICTURES)[:number]
-    times = needle_video.card_times(rng, segments, number)
+    times = needle_video.card_times(rng, spec.segments, number)
     return [
         Card(
             colour=str(colour),

@@ -84,16 +84,16 @@ def sampled_time(time: float) -> float:
 
 
 def card_times(rng: np.random.Generator, segments: int, cards: int) -> list[float]:
-    """Draws the times at which cards appear: 1 to 3 in each clip, at least 4 s apart.
+    """Draws the times at which cards appear: up to 3 in each clip, at least 4 s apart.
 
     Args:
       segments: number of clips of the video.
-      cards: number of cards, from `segments` to 3 times as many.
+      cards: number of cards, up to 3 times as many; no clip is without one if they suffice.
 
     Returns:
       Rising times in seconds, on the grid of the video's frames.
     """
-    counts = np.ones(segments, int)
+    counts = np.full(segments, int(cards >= segments))
     while counts.sum() < cards:
         counts[rng.choice(np.flatnonzero(counts < 3))] += 1
     pairs_a_clip = round(CLIP_SECONDS / _PAIR)
