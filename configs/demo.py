@@ -33,7 +33,7 @@ def get_config():
     # A card takes 2 tokens. A video shows 8 on average: 5 fit, and more than 2 cost.
     config.memory.slots = 10
     config.memory.budget = 4
-    config.coldstart.steps = 120
+    config.coldstart.steps = 250
     config.coldstart.batch = 16
     config.coldstart.accumulate = 2
     # Its answers are one token in ten: with weight 1, 69% of those that the memory supported were
@@ -53,12 +53,13 @@ def get_config():
     # The last card of a film, or how many of a colour there are, can't be known early: to tell it
     # all the same is to guess, while counting those so far asks to keep them.
     config.prpo.evidence = True
+    # Without a memory of it an answer is a guess, right by luck: that is no merit of the memory.
+    config.prpo.expected = True
     # First it has to find what is worth keeping, then what is not: with the whole cost from the
     # start, memories shrank to two cards in 20 steps, before any answer had become better.
-    config.prpo.expected = True
     config.prpo.beta = 0.03
     config.prpo.beta_warmup = 150
-    config.prpo.entropy_coef = 0.01
+    config.prpo.entropy_coef = 0.005
     # Advantages are differences of rewards: lower than for those divided by their deviation.
     config.prpo.tau_0 = 0.5
     config.prpo.optimizer.learning_rate = 1e-3

@@ -11,6 +11,7 @@ from flax import nnx
 
 from videomem_jax import grammar as fmt
 from videomem_jax import memory, prpo, rollout
+from videomem_jax import prompt as prompts
 from videomem_jax.batch import Chain
 from videomem_jax.grammar import Parsed
 from videomem_jax.memory import Memory, Sampling
@@ -195,6 +196,30 @@ def test_handing_on():
     got = hand_on(before, parsed, jnp.array([[2, 0], [3, 1]]))
     np.testing.assert_array_equal(got.tokens, [[[3, 0, 0], [10, 11, 12]], [[0, 0, 0], [4, 5, 6]]])
     np.testing.assert_array_equal(got.length, [[1, 3], [0, 3]])
+
+
+def test_an_instruction_stands_between_memory_and_the_turns_end(tiny, form_of, film, tokenizer):
+    batch, features = film
+    plain = form_of("free", SLOTS)
+    told = plain._replace(instruction=prompts.instruction(tokenizer, "Tell."))
+    assert tokenizer.decode(told.instruction) == "Tell." and len(told.instruction) > 1
+    assert prompts.instruction(tokenizer, "") == ()
+    seen = VisionFeatures(features.embeds[:, 0], features.deepstack[:, :, 0])
+    before, prefix = memory.empty(2, 1, SLOTS, plain.ids.pad), at(batch.prefix, ALL, 0)
+
+    def by_hand(model, prefix, seen):
+        after = (plain.ids.memory_close, *told.instruction, *plain.turn_end)
+        rows = prompts.assemble(
+            *(prefix, before.tokens[:, 0], before.length[:, 0], plain.ids.memory_open, after)
+        )
+        return rollout.read(model, rows, seen)
+
+    run = lambda form: tiny.run(  # noqa: E731
+        lambda model, *args: memory.context(model, form, *args, before), prefix, seen
+    )
+    got, expected = run(told), tiny.run(by_hand, prefix, seen)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+    assert (got.position - run(plain).position == len(told.instruction)).all()
 
 
 def test_handing_on_an_empty_memory_forgets():
