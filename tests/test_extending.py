@@ -4,9 +4,11 @@ import json
 import re
 import runpy
 import shutil
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 from tests.commands import DEMO, ROOT
 from tests.test_picture import FILM
@@ -15,6 +17,7 @@ from videomem_jax.data import sources
 from videomem_jax.data.records import read_records
 
 _BLOCK = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TAKEN = ("config", "workdir", "aot", "aot_steps")
 EXAMPLES = dict(_BLOCK.findall((ROOT / "docs" / "extending.md").read_text()))
 
 
@@ -28,6 +31,22 @@ def example(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def apart():
+    """As if no command had been imported: each defines flags, some of the same names."""
+    held = {name: flags.FLAGS[name] for name in list(flags.FLAGS) if name in TAKEN}
+    for name in held:
+        delattr(flags.FLAGS, name)
+    before = set(flags.FLAGS)
+    sys.modules.pop("train", None)
+    yield
+    sys.modules.pop("train", None)
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    for name, flag in held.items():
+        flags.FLAGS[name] = flag
 
 
 @pytest.fixture
@@ -73,7 +92,7 @@ def test_records_from_a_table(example, quiz, monkeypatch):
     assert json.loads((quiz / "train.jsonl").open().readline())["video"] == "film.mp4"
 
 
-def test_a_form_of_data(example, quiz, monkeypatch, tmp_path):
+def test_a_form_of_data(apart, example, quiz, monkeypatch, tmp_path):
     form = runpy.run_path(str(example("quiz.py")))["Quiz"]
     assert sources.FORMS.pop("Quiz") is form
     monkeypatch.setitem(sources.FORMS, "Quiz", form)
@@ -92,7 +111,7 @@ def test_a_reward(example, small, command, tmp_path):
     assert row["reward/length"] == pytest.approx(-0.01 * row["memory_tokens"], rel=1e-5)
 
 
-def test_a_changed_part_of_the_model(example, weights):
+def test_a_changed_part_of_the_model(apart, example, weights):
     changed = runpy.run_path(str(example("shallow.py")))["shallow"]
     s = settings.load_sizes(weights)
     plain, other = (run.load(s, weights).model for _ in range(2))

@@ -90,7 +90,8 @@ def decoder_of(settings: cfg.Settings) -> Decoder:
 def sized(folder: str | os.PathLike, time_limit: float | None = None, **sizes) -> cfg.Settings:
     """Settings for asking the model of a folder; arguments as of `VideoMem.from_pretrained`."""
     folder = pathlib.Path(folder)
-    if not (folder / cfg.SIZES_FILE).is_file() and Qwen3VLConfig.load(folder).vision is None:
+    new = (folder / "config.json").is_file() and not (folder / cfg.SIZES_FILE).is_file()
+    if new and Qwen3VLConfig.load(folder).vision is None:
         sizes = {"frames": 0} | sizes
     settings = cfg.load_sizes(folder, **sizes)
     if time_limit is None:

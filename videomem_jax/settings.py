@@ -126,9 +126,7 @@ class Coldstart:
     batch: int = 32  # examples; each gives one sequence a segment
     accumulate: int = 1  # micro-batches a step; 0: a prompt a device at a time
     answer_weight: float = 1.0  # of an answer's tokens in the loss; a memory's have 1
-    instruction: str = (
-        ""  # in place of `prompt.instruction`, where chains obey another; "": the same
-    )
+    instruction: str = ""  # in place of `prompt.instruction` here; "": the same
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
 
 

@@ -20,6 +20,7 @@ from tests.data import training_folders as make
 from videomem_jax import settings as cfg
 from videomem_jax.data import decoder, pipeline, records, sampling, sources, video
 from videomem_jax.data.decoder import Decoder
+from videomem_jax.data.frames import Frames
 from videomem_jax.data.records import Record, RecordError
 from videomem_jax.data.sampling import Wanted
 from videomem_jax.data.video import VideoError
@@ -110,7 +111,7 @@ def test_a_time_limit_that_c_code_cannot_escape(good, tmp_path):
 def test_what_took_too_long_is_not_tried_again(tmp_path):
     damage.endless(tmp_path / "endless.mkv")
     s = settings(time_limit=0.5)
-    frames = pipeline.Frames(s, 2)
+    frames = Frames(s, 2)
     for limit in (60.0, 5.0):
         began = time.monotonic()
         with pytest.raises(VideoError, match="time_limit"):

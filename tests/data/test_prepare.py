@@ -18,6 +18,7 @@ import pytest
 from tests.data import training_folders as make
 from videomem_jax import settings as cfg
 from videomem_jax.data import pipeline, prepare, prepared, records, sampling, sources
+from videomem_jax.data.frames import Frames
 from videomem_jax.data.records import Record
 from videomem_jax.data.video import VideoError
 from videomem_jax.models.config import ConfigError
@@ -94,7 +95,7 @@ def test_frames_are_bit_equal(done, settings):
     out, _ = done
     s = settings(prepared=str(out))
     found, _ = records.read_records(Path(s.data.folder) / "train.jsonl")
-    frames = pipeline.Frames(s, 2)
+    frames = Frames(s, 2)
     for record in found:
         asked = frames._wanted(record)
         assert frames._prepared.find(asked) is not None
@@ -121,7 +122,7 @@ def test_training_from_it_is_the_same(done, settings, tokenizer, workers):
         skips = pipeline.Skips()
         loader = pipeline.Loader(tokenizer, s, 2)
         if place and not workers:
-            loader._frames._decoder = None  # would fail
+            loader._clips._frames._decoder = None  # would fail
         made = pipeline.Batches(found, loader, s, 4, 3, skips)
         batches.append(list(itertools.islice(made, 5)))
         counts.append(skips.counts)
@@ -151,13 +152,13 @@ def test_the_wrong_sizes_are_refused(done, settings, tmp_path):
         with pytest.raises(
             ConfigError, match=f"prepared for {name}=.* but config.prompt.{name}={value}"
         ):
-            pipeline.Frames(other, other.prompt.segments)
+            Frames(other, other.prompt.segments)
         with pytest.raises(ConfigError, match=f"prepared for other {name}"):
             prepare.prepare(other, out, "lossless", 1, 3)
     # Longer videos are evaluated with segments of their own: they are decoded.
-    assert pipeline.Frames(s, 8)._prepared is None
+    assert Frames(s, 8)._prepared is None
     with pytest.raises(ConfigError, match="holds no prepared data"):
-        pipeline.Frames(settings(prepared=str(tmp_path)), 2)
+        Frames(settings(prepared=str(tmp_path)), 2)
     (tmp_path / "something").touch()
     with pytest.raises(ConfigError, match="is not empty"):
         prepare.prepare(s, tmp_path, "lossless", 1, 3)
