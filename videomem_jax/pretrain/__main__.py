@@ -76,9 +76,9 @@ TOWER_STEPS, TOWER_PAIRS = 1500, 384
 # forgotten half of the digits after 700 steps.
 # Once clips are known, mostly texts: look-ups are learnt soon, but after two courses 20% of the
 # replies "Continue and answer." on what came after a card were still wrong; after three, 2%.
-# Last, to point at what a question is about, with words or brackets around notes and reply. A memory
-# stands in tags, which start as these brackets: without them the base went on from `<memory>` as if
-# the card's colour had been said.
+# Last, to point at what a question is about, with words or brackets around notes and reply. A
+# memory stands in tags, which start as these brackets: without them the base went on from
+# `<memory>` as if the card's colour had been said.
 COURSES = (
     (1.0, (Part(300, "pair", 64, 12, 32), Part(1300, "clip", 30, 10, 12))),
     (0.6, (Part(900, "clip", 12, 16, 32),)),
