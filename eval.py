@@ -50,7 +50,8 @@ def evaluate_run(config, workdir_flag: str) -> None:
     loaded = {name: run.load(s, folder, shardings=place) for name, folder in models.items()}
     base, best = loaded["base"], list(loaded)[-1]
     evaluator = evaluate.Evaluator(base.model, base.form, mesh)
-    # The base was never taught the format: it is held to it, the trained models if asked for.
+    # The base was never taught the format: it is held to it, the trained models if asked for. Nor
+    # is a model that sees nothing sure of it, and a reply without an answer would be no guess.
     forced = run.make_format(base.tokenizer, base.model, s, forced=True).grammar
     jobs = [(name, name, records, s.prompt.segments, False) for name in loaded]
     jobs.append(("blind", best, records, s.prompt.segments, True))
@@ -64,7 +65,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
             name,
             evaluator,
             evaluator.place(loaded[model].model),
-            forced if model == "base" or s.eval.forced else base.form.grammar,
+            forced if model == "base" or blind or s.eval.forced else base.form.grammar,
             test,
             base.tokenizer,
             s,
