@@ -85,7 +85,7 @@ def copies(environment, folder):
     )
 
     def call(script, *args, **env):
-        job = {"argv": [script, *map(str, args)], "env": {"JAX_LOG_COMPILES": "1"} | env}
+        job = {"argv": [*map(str, (script, *args))], "env": {"JAX_LOG_COMPILES": "1"} | env}
         job |= {name: str(folder / name) for name in ("out", "err")}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()

@@ -15,6 +15,8 @@ from tests.test_picture import FILM
 from videomem_jax import metrics, run, settings
 from videomem_jax.data import sources
 from videomem_jax.data.records import read_records
+from videomem_jax.grammar import Parsed
+from videomem_jax.trainer import Goal
 
 _BLOCK = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TAKEN = ("config", "workdir", "aot", "aot_steps")
@@ -102,12 +104,22 @@ def test_a_form_of_data(apart, example, quiz, monkeypatch, tmp_path):
     assert sum(skipped.values()) == 1
 
 
+def test_a_reward(apart, example):
+    frugal = runpy.run_path(str(example("frugal.py")))["Frugal"]
+    trainer = frugal.__new__(frugal)
+    trainer.settings = settings.Settings()
+    length = np.array([[3, 0, 2000]], np.int32)
+    parsed = Parsed(length > 0, None, length, np.array([[1, -1, 0]]))
+    got = trainer.reward(parsed, parsed.answer, Goal(np.array([1]), np.array([0.5])), 0)
+    np.testing.assert_allclose(got.length, [[-0.03, 0, -20]])
+    np.testing.assert_array_equal(got.answer + got.form, [[1.5, 0, 1]])
+
+
 @pytest.mark.slow
-def test_a_reward(example, small, command, tmp_path):
+def test_a_reward_is_trained_with(example, small, command, tmp_path):
     code, _, err = command(example("frugal.py"), *small)
     assert code == 0, err
     (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
-    assert row["memory_tokens"] > 0
     assert row["reward/length"] == pytest.approx(-0.01 * row["memory_tokens"], rel=1e-5)
 
 

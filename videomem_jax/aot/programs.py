@@ -89,7 +89,7 @@ def steps(s: cfg.Settings, config: Qwen3VLConfig, mesh: Mesh) -> Iterator[Step]:
     def evaluation():
         evaluator = Evaluator(model(), form, mesh)
         params = evaluator.place(model())
-        return evaluator.read_step.lower(params, form.grammar, told(s.eval.batch))
+        return evaluator.read_step.lower(params, form.grammar, told(s.eval.batch), None)
 
     yield Step("evaluation", evaluation)
 
