@@ -51,6 +51,7 @@ def train(command, small, finished, folder, tmp_path_factory):
             "coldstart.steps": 0,
             "prpo.steps": 3,
             "prpo.entropy_coef": 0.0,
+            "prpo.expected": False,
             "judge.model": "m",
             "judge.retries": 0,
         }
