@@ -1,6 +1,7 @@
 """Records whose clips are texts: their prompts, and a whole run with a tiny Llama."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import types
@@ -245,9 +246,8 @@ def test_cold_start_prpo_and_evaluation(flags, command, tmp_path):
     page = (tmp_path / "report.html").read_text()
     row = json.loads((tmp_path / "eval" / "prpo.jsonl").read_text().splitlines()[0])
     assert "characters 0\u2013" in page and page.count("<blockquote>") >= 4
-    assert pathlib.Path(row["video"]).read_text()[: row["steps"][0]["times"][1]] in page.replace(
-        "&#34;", '"'
-    )
+    end = int(row["steps"][0]["times"][1])
+    assert pathlib.Path(row["video"]).read_text()[:end] in html.unescape(page)
 
 
 def test_a_text_model_and_frames_is_a_mistake(flags, mistake):
