@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 from flax import nnx
 
+from tests import random_folder
 from tests.commands import DEMO, copies, finish, start
 from tests.compiling import hasty_options
 from tests.data import benchmark_folders
@@ -24,7 +25,6 @@ from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.benchmark import config as keys
 from videomem_jax.memory import Format
-from videomem_jax.models import convert
 from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
 from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.pretrain import tasks
@@ -315,19 +315,7 @@ def weights(tmp_path_factory):
         tie_word_embeddings=True,
     )
     vision = VisionConfig(1, 16, 24, 2, 32, 16, deepstack_visual_indexes=(0,))
-    graph, shapes = nnx.split(abstract(Qwen3VLConfig(text, vision)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-2].key == "scale":
-            return np.ones(leaf.shape, np.float32)
-        spread = leaf.shape[-2] ** -0.5 if path[-2].key == "kernel" else 0.1
-        return spread * rng.standard_normal(leaf.shape, np.float32)
-
-    state = jax.tree_util.tree_map_with_path(draw, shapes)
-    convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
-    tokenizer.save(folder)
-    return folder
+    return random_folder.write(folder, Qwen3VLConfig(text, vision), tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import types
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
+from tests import random_folder
 from tests.commands import numbers
 from videomem_jax import answer_page, asking, llm, rollout, settings
 from videomem_jax import memory as mem
@@ -18,9 +18,7 @@ from videomem_jax.aot import account, programs
 from videomem_jax.ask import described
 from videomem_jax.batch import SHOWN, TEXT
 from videomem_jax.data import chain_writers, facts, pipeline, records, story, texts
-from videomem_jax.models import convert
 from videomem_jax.models.config import ConfigError, Qwen3VLConfig, TextConfig
-from videomem_jax.models.qwen3_vl import abstract
 from videomem_jax.prompt import PromptError, assemble, turn_end, write_prefix, write_text_prefix
 from videomem_jax.tokenizer import CHAT, Tokenizer
 from videomem_jax.videomem import VideoMem
@@ -84,19 +82,7 @@ def llama(stories, tmp_path_factory):
         tie_word_embeddings=True,
         qk_norm=False,
     )
-    graph, shapes = nnx.split(abstract(Qwen3VLConfig(text)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-2].key == "scale":
-            return np.ones(leaf.shape, np.float32)
-        spread = leaf.shape[-2] ** -0.5 if path[-2].key == "kernel" else 0.1
-        return spread * rng.standard_normal(leaf.shape, np.float32)
-
-    state = jax.tree_util.tree_map_with_path(draw, shapes)
-    convert.save_pretrained(nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state)), folder)
-    tokenizer.save(folder, tags=False)
-    return folder
+    return random_folder.write(folder, Qwen3VLConfig(text), tokenizer, tags=False)
 
 
 @pytest.fixture(scope="module")

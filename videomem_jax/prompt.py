@@ -8,7 +8,8 @@
     <memory>{memory}</memory><|im_end|>
     <|im_start|>assistant
 
-Where a clip is a text, its words stand in place of the frame pairs.
+An instruction, if there is one, stands on a line of its own after the memory. Where a clip is a
+text, its words stand in place of the frame pairs.
 
 The host writes all that stands before the memory (`write_prefix`); the memory, which is born on
 the device, and the end of the turn follow there (`assemble`). Nothing before the memory depends

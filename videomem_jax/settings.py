@@ -197,7 +197,7 @@ class Eval:
     batch: int = 32  # examples read together
     long_segments: int = 8  # segments of the videos in data.test_long
     limit: int = 0  # questions of each set; 0 for all
-    forced: bool = False  # hold trained models to the format too, as the base always is
+    forced: bool = False  # hold all models to the format; base and blind reading always are
     timelines: int = 12  # in the report
 
 

@@ -252,7 +252,7 @@ class Trainer:
           step: of the phase, which anneals the draw.
         """
         p, reward = self.settings.prpo, self.reward(parsed, answer, goal, step)
-        total = earned = reward.total
+        total = reward.total
         if p.expected:
             whole = lambda a: a.reshape(*answer.shape, *a.shape[2:])  # noqa: E731
             total = rewards.expected(
@@ -270,7 +270,8 @@ class Trainer:
         if known is None:
             known = rewarded = jnp.ones(answer.shape, bool)
         right = (answer == gold[:, None]) & known
-        return chosen, Judged(*reward, right, known, rewarded, advantages, earned - total)
+        luck = reward.total - total
+        return chosen, Judged(*reward, right, known, rewarded, advantages, luck)
 
     def rows(self, batch: Batch, features: VisionFeatures, steps: mem.Steps) -> Rows:
         """A rollout's completions as the update sees them."""

@@ -16,7 +16,7 @@ from videomem_jax.models.attention import computed_pairs
 from videomem_jax.models.config import Qwen3VLConfig
 
 # Beside the memory's slots: its opening tag, its closing tag and the turn's end, less the token
-# that is kept to open the completions.
+# that is kept to open the completions. An instruction's few tokens are left out.
 AROUND_MEMORY = 6
 
 

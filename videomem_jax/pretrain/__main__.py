@@ -89,7 +89,7 @@ COURSES = (
 
 def encode(tokenizer: Tokenizer, task: tasks.Task, times: np.ndarray, size: int):
     """One exchange as arrays: the prompt's prefix with the tail in it, and the reply."""
-    told, answer = tokenizer.encode_memory(task.reply), []
+    told = tokenizer.encode_memory(task.reply)
     marks = [tokenizer.encode(mark) for mark in task.marks or ()]
     before, after, line, end = marks or ([], [], tokenizer.encode("\n") if told else [], [])
     pieces = [(before, 1.0), (told, 1.0), (after, 1.0)]
