@@ -166,6 +166,7 @@ def finish_pair(pair, limit=300):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         ends = list(pool.map(lambda process: finish(process, limit), pair))
     codes, outs, errs = zip(*ends, strict=True)
-    # The processes' threads write there at once, so a line may have lost its beginning.
-    told = r"^.*(\[Gloo\]|peer ranks).*\n+"
+    # Its threads write there at once and piece by piece: a line may have lost its beginning, and
+    # the number at a line's end may stand by itself. Nothing of ours is a bare number.
+    told = r"^.*(\[Gloo\]|peer ranks).*\n+|^[ \d]*\n"
     return codes, [re.sub(told, "", out, flags=re.M) for out in outs], errs

@@ -62,6 +62,30 @@ def drawn(draw, form_of):
     return functools.cache(lambda kind: draw(form_of(kind, SLOTS).grammar))
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 48, 320])
+def test_a_draw_inverts_the_cumulative_sums(vocab):
+    key, shape = jax.random.key(vocab), (4, 500)
+    scores = np.random.default_rng(0).standard_normal((*shape, vocab)) * 3
+    forbidden = np.random.default_rng(1).random((*shape, vocab)) < 0.5
+    forbidden[..., vocab // 2] = False
+    logp = rollout.log_softmax(jnp.asarray(scores, jnp.float32), ~forbidden, 1.0)
+    got = np.asarray(jax.jit(rollout.draw)(key, logp))
+    share = np.exp(np.asarray(logp, np.float64))
+    sums = share.cumsum(-1)
+    mark = np.asarray(jax.random.uniform(key, shape), np.float64) * sums[..., -1]
+    # Where the number lies as near to a border as float32 tells, either side is right.
+    low, high = ((sums <= (mark + off)[..., None]).sum(-1) for off in (-1e-6, 1e-6))
+    assert ((low <= got) & (got <= high)).all() and (low == high).mean() > 0.99
+    assert not np.take_along_axis(forbidden, got[..., None], -1).any()
+
+
+def test_no_draw_meets_what_has_no_chance():
+    """Not even with a random number that sums round up to, or down to nothing."""
+    share = jnp.array([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    for mark, wanted in ((0.0, 1), (0.25, 3), (0.7499, 3), (1.0, 4), (1.1, 4)):
+        assert int(rollout._passed(share, jnp.float32(mark))[0]) == wanted
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_sampling(drawn, kind):
     out, (logprobs, entropies) = drawn(kind)

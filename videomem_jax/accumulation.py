@@ -7,8 +7,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Int
 
 from videomem_jax.models.vision import VisionFeatures
+
+
+def _each(change, tree):
+    """`change` of every array [t, n, ...]; of DeepStack's features too, whose rows come third."""
+
+    def deep(features: VisionFeatures) -> VisionFeatures:
+        moved = jnp.moveaxis(features.deepstack, 1, 2)
+        return VisionFeatures(change(features.embeds), jnp.moveaxis(change(moved), 2, 1))
+
+    is_features = lambda x: isinstance(x, VisionFeatures)  # noqa: E731
+    return jax.tree.map(
+        lambda x: deep(x) if is_features(x) else change(x), tree, is_leaf=is_features
+    )
+
+
+def take_segments(tree, index: Int[Array, "s n"]):
+    """[t, n, ...] -> [s, n, ...]: of each row the segments `index`."""
+    return _each(
+        lambda a: jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - 2)), axis=0),
+        tree,
+    )
 
 
 def micro_batches(tree: Any, parts: int):
@@ -24,14 +46,7 @@ def micro_batches(tree: Any, parts: int):
         # r first: rows lie on devices in blocks of r, and behind a they would all be gathered.
         return rearrange(a, "(m a) (r i) ... -> (m i) (r a) ...", a=together, i=apart)
 
-    def deep(features: VisionFeatures) -> VisionFeatures:
-        moved = jnp.moveaxis(features.deepstack, 1, 2)
-        return VisionFeatures(split(features.embeds), jnp.moveaxis(split(moved), 2, 1))
-
-    is_features = lambda x: isinstance(x, VisionFeatures)  # noqa: E731
-    return jax.tree.map(
-        lambda x: deep(x) if is_features(x) else split(x), tree, is_leaf=is_features
-    )
+    return _each(split, tree)
 
 
 def accumulate(loss, params, parts):

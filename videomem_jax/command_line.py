@@ -51,9 +51,9 @@ def entry(main: Callable[[], None]) -> None:
 
     Being told to stop, and having saved everything, ends it with exit code 143.
     """
-    # Read when the first device is asked for. On a CPU this halves the time to compile, and the
-    # programs are no slower.
-    flag = "--xla_cpu_experimental_ynn_fusion_type="
+    # Read when the first device is asked for. On a CPU products are left to YNNPACK, one by one; as
+    # parts of larger fusions, or its sums, they are slower, and XLA's own products slower still.
+    flag = "--xla_cpu_experimental_ynn_fusion_type=individual_dot"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     sys.unraisablehook = _without_closed_loops
     for name in ("absl", "jax"):  # what is no warning is not for this command's reader

@@ -7,6 +7,7 @@ cache of their own. All completions grow together, so the cache needs one index,
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import TEXT
-from videomem_jax.models.decoder import KV, for_steps
-from videomem_jax.models.layers import MASKED
+from videomem_jax.models.decoder import KV
+from videomem_jax.models.layers import MASKED, row_sums
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.models.vision import VisionFeatures
 from videomem_jax.prompt import Prompt
@@ -69,6 +70,7 @@ def read(model: Qwen3VL, prompt: Prompt, features: VisionFeatures) -> Context:
         prompt.mask[:, :-1],
         features,
         prompt.slot[:, :-1],
+        hidden=False,
     )
     mask = prompt.mask[:, :-1]
     question = mask & (jnp.cumsum(prompt.slot[:, :-1] != TEXT, axis=1) == 0)
@@ -94,7 +96,47 @@ def log_softmax(
 
 def entropy(logprobs: Float[Array, "*b vocab"]) -> Float[Array, "*b"]:
     """Entropy in nats of distributions given by their log-probabilities."""
-    return -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, -1e4), axis=-1)
+    return -row_sums(jnp.exp(logprobs) * jnp.maximum(logprobs, -1e4))[..., 0]
+
+
+def draw(key: jax.Array, logprobs: Float[Array, "n r vocab"]) -> Int[Array, "n r"]:
+    """A token of each distribution: that at which the sum of probabilities passes a random number.
+
+    One random number a token, where the Gumbel trick (`jax.random.categorical`) takes one for each
+    entry of the vocabulary, and two logarithms: a quarter of the demo's rollout on two cores. The
+    sums are those of blocks first, then of the entries in the block that was met. What has
+    probability 0 is never drawn, however sums round.
+    """
+    vocab = logprobs.shape[-1]
+    width = _block(vocab // math.gcd(vocab, parts("vocab")))  # no block lies on two devices
+    blocks = jnp.exp(logprobs).reshape(*logprobs.shape[:-1], -1, width)
+    sums = blocks.sum(-1)
+    mark = jax.random.uniform(key, logprobs.shape[:-1]) * sums.sum(-1)
+    block, mark = _passed(sums, mark)
+    if parts("vocab") == 1:
+        inside = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
+    else:  # a sum with one term: each device looks at its blocks
+        here = jnp.arange(sums.shape[-1]) == block[..., None]
+        inside = jnp.where(here[..., None], blocks, 0.0).sum(-2)
+    return block * width + _passed(inside, mark)[0]
+
+
+def _block(size: int) -> int:
+    """The divisor of a vocabulary that is nearest to its square root, at most."""
+    return next(width for width in range(math.isqrt(size), 0, -1) if size % width == 0)
+
+
+def _passed(
+    terms: Float[Array, "*b m"], mark: Float[Array, "*b"]
+) -> tuple[Int[Array, "*b"], Float[Array, "*b"]]:
+    """The term with which their sum passes the mark, and how far into it the mark lies."""
+    sums = jnp.cumsum(terms, axis=-1)
+    there = terms > 0
+    after = there & (sums > mark[..., None])
+    last = terms.shape[-1] - 1 - jnp.argmax(there[..., ::-1], axis=-1)
+    found = jnp.where(after.any(-1), jnp.argmax(after, axis=-1), last)
+    before = jnp.take_along_axis(sums - terms, found[..., None], -1)[..., 0]
+    return found, mark - before
 
 
 def sample(
@@ -121,7 +163,8 @@ def sample(
       greedy: take the most likely token in place of a draw.
     """
     n, size = context.last.shape[0], grammar.size
-    shape, kv = (n, count), for_steps(context.kv)
+    shape = (n, count)
+    fixed, cache = model.for_steps(context.kv, context.position, count, size)
 
     def more(carry):
         index, state = carry[0], carry[2]
@@ -129,14 +172,10 @@ def sample(
 
     def one(carry):
         index, token, state, length, cache, options, out = carry
-        position = jnp.broadcast_to(context.position[:, None] + index, (3, *shape))
         seen = visible(grammar, context, state[..., None])
-        hidden, cache = model.step(token, position, cache, index, kv, seen)
+        hidden, cache = model.step(token, cache, index, fixed, seen)
         logp = _permitted_log_softmax(model, grammar, hidden, state, choices, temperature)
-        if greedy:
-            new = jnp.argmax(logp, axis=-1)
-        else:
-            new = jax.random.categorical(jax.random.fold_in(key, index), logp)
+        new = jnp.argmax(logp, axis=-1) if greedy else draw(jax.random.fold_in(key, index), logp)
         new = new.astype(jnp.int32)
         values = (
             new,
@@ -163,7 +202,7 @@ def sample(
     first = jnp.broadcast_to(context.last[:, None], shape).astype(jnp.int32)
     firsts = jnp.broadcast_to(choices[:, None, :, 0], (*shape, choices.shape[1]))
     options = jnp.full(firsts.shape, -jnp.inf)
-    start = (jnp.int32(0), first, zero + fmt.State.START, zero, model.empty_cache(n, count, size))
+    start = (jnp.int32(0), first, zero + fmt.State.START, zero, cache)
     with decoding():
         *_, state, _, _, options, out = jax.lax.while_loop(more, one, (*start, options, out))
     return Completions(*out, state, options)
@@ -203,6 +242,7 @@ def choice_logprobs(
         mask[:, None],
         context=context.kv,
         context_mask=visible(grammar, context, fmt.states(grammar, tokens)[:, None]),
+        hidden=False,
     )
     joined = KV(*(jnp.concatenate([a, b[:, :, 0]], 2) for a, b in zip(context.kv, kv, strict=True)))
     used = choices >= 0

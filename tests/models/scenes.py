@@ -18,7 +18,6 @@ from flax import nnx
 from tests.compiling import hasty_jit
 from videomem_jax.models import config as cfg
 from videomem_jax.models import convert
-from videomem_jax.models.decoder import for_steps
 from videomem_jax.models.positions import position_ids
 from videomem_jax.models.qwen3_vl import Qwen3VL, abstract
 from videomem_jax.models.vision import VisionFeatures
@@ -270,17 +269,17 @@ def ours(model: Qwen3VL, scene: Scene) -> dict[str, np.ndarray]:
         return jnp.sum(each * counted), (features, logits, kv)
 
     def greedy(state, context):
-        model, context = nnx.merge(graph, state), for_steps(context)
+        model = nnx.merge(graph, state)
+        fixed, empty = model.for_steps(context, start, 1, STEPS)
 
         def one(carry, index):
             token, cache = carry
-            position = jnp.broadcast_to((start + index)[:, None], (3, n, 1))
             mask = jnp.asarray(shown)
-            hidden, cache = model.step(token[:, None], position, cache, index, context, mask)
+            hidden, cache = model.step(token[:, None], cache, index, fixed, mask)
             token = jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32)
             return (token, cache), token
 
-        carry = (jnp.asarray(first), model.empty_cache(n, 1, STEPS))
+        carry = (jnp.asarray(first), empty)
         return jax.lax.scan(one, carry, jnp.arange(STEPS))[1].T
 
     @hasty_jit

@@ -1,8 +1,8 @@
 """Causal attention of sequences that share a prompt, by the kernel that suits the hardware.
 
-`layers.attend` is the reference, and what a CPU runs in blocks of queries (`attend_causal`): it
-holds a weight for every pair of query and key. The kernels hold none, and pass over the blocks in
-which nothing is seen.
+`layers.attend` is the reference. A CPU runs it in blocks of queries (`blockwise`), and so does an
+accelerator where what is seen differs from query to query. The kernels hold no weights at all, and
+pass over the blocks in which nothing is seen.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from videomem_jax import sharding
-from videomem_jax.models import layers
+from videomem_jax.models.blockwise import KEPT, attend_causal
 
-# The name under which a kernel's output may be kept for the backward pass.
-KEPT = "attended"
 KINDS = ("auto", "xla", "splash", "cudnn")
 # Queries and keys that the TPU kernel works on at once; a multiple of the 128 lanes.
 _BLOCK = 512
@@ -56,7 +54,7 @@ def causal(
         kind = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
     by_query = context_mask is not None and context_mask.ndim == 4
     if kind == "xla" or by_query:
-        return layers.attend_causal(q, k, v, mask, context, context_mask)
+        return attend_causal(q, k, v, mask, context, context_mask)
     if kind == "cudnn":
         return _on_each_device(_cudnn, q, k, v, mask, context, context_mask)
     flash = functools.partial(_splash, interpret=interpret)

@@ -7,6 +7,7 @@ same code on the same numbers.
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from videomem_jax.models import attention, layers
+from videomem_jax import sharding
+from videomem_jax.models import attention, blockwise, layers
 from videomem_jax.models.config import TextConfig
 from videomem_jax.sharding import constrain
 
@@ -25,6 +27,20 @@ class KV(NamedTuple):
 
     k: Array
     v: Array
+
+
+# Of all layers, stacked: keys and values [L, n, k, r, c, h] of completions, and parameters and
+# prompt (`Decoder.for_steps`). Where layers are taken apart, a list of each one's: keys
+# [n*k*r, h, c] and values [n*k*r, c, h], as the products read them. With one axis in place of
+# three, of which some may have size 1, XLA's CPU compiler writes where they are; else into a copy.
+Cache = KV | list[KV]
+
+
+class Fixed(NamedTuple):
+    """What is read of every layer for each token, and the turns [n, 1, c, 1, h/2] of all tokens."""
+
+    by_layer: tuple[nnx.State, KV] | list[tuple[nnx.State, KV]]
+    turns: layers.Turns
 
 
 class DeepStack(NamedTuple):
@@ -41,7 +57,7 @@ class DeepStack(NamedTuple):
 # What the backward pass finds kept of a layer beside its input; it computes the rest again.
 REMAT = {
     "all": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    "attention": jax.checkpoint_policies.save_only_these_names(blockwise.KEPT),
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -58,13 +74,13 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.head_dim = h
 
-    def project(self, x, angles):
+    def project(self, x, turns):
         """Rotated queries and keys, and values: [n, r, s, heads, h]."""
         x = constrain(x, "rows", ...)
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return layers.rotate(q, angles), layers.rotate(k, angles), v
+        return layers.rotate(q, turns), layers.rotate(k, turns), v
 
     def _heads(self, y):
         y = constrain(y, "rows", ..., "hidden")
@@ -127,10 +143,11 @@ class Decoder(nnx.Module):
         self.norm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.remat, self.attention = remat, attention
 
-    def angles(self, positions: Int[Array, "3 *s"]) -> Float[Array, "*s h2"]:
-        """Rotary angles of these positions."""
+    def turns(self, positions: Int[Array, "3 *s"]) -> layers.Turns:
+        """The rotary embedding at these positions."""
         c = self.config
-        return layers.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        angles = layers.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        return layers.turns(angles)
 
     def __call__(
         self,
@@ -141,7 +158,8 @@ class Decoder(nnx.Module):
         context: KV | None = None,
         context_mask: Bool[Array, "n p"] | Bool[Array, "n r s p"] | None = None,
         deepstack: DeepStack | None = None,
-    ) -> tuple[Float[Array, "n r s d"], KV]:
+        hidden: bool = True,
+    ) -> tuple[Float[Array, "n r s d"] | None, KV]:
         """Runs the layers over r sequences a row; causal among themselves, after the context.
 
         Args:
@@ -151,17 +169,20 @@ class Decoder(nnx.Module):
           context: keys and values [L, n, p, k, h] of the prompt that a row's sequences share.
           context_mask: prompt positions that exist, or those that each token sees.
           deepstack: vision features (for r = 1).
+          hidden: whether the output is wanted. Without it nobody needs what the last layer does
+            with its keys and values, and a CPU leaves it out. (An accelerator would have to hold
+            the weights of all other layers twice, and has tens of layers.)
 
         Returns:
-          The final norm's output, and keys and values [L, n, r, s, k, h].
+          The final norm's output (or None), and keys and values [L, n, r, s, k, h].
         """
         graph, stacked = nnx.split(self.layers)
-        angles = self.angles(positions)
+        turns = self.turns(positions)
 
         def layer(x, inputs):
             params, index, own_context = inputs
             module = nnx.merge(graph, params)
-            q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
+            q, k, v = module.self_attn.project(module.input_layernorm(x), turns)
             y = attention.causal(q, k, v, mask, own_context, context_mask, kind=self.attention)
             x = module.finish(x, y)
             if deepstack is not None and deepstack.features.shape[0]:
@@ -171,66 +192,127 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         inputs = (stacked, jnp.arange(self.config.num_hidden_layers), context)
-        x, kv = jax.lax.scan(layer, x, inputs)
-        return self.norm(x), kv
+        if hidden or sharding.platform() != "cpu":
+            x, kv = jax.lax.scan(layer, x, inputs)
+            return self.norm(x) if hidden else None, kv
+        x, kv = jax.lax.scan(layer, x, jax.tree.map(lambda a: a[:-1], inputs))
+        _, last = layer(x, jax.tree.map(lambda a: a[-1], inputs))
+        return None, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, last)
+
+    def for_steps(
+        self,
+        context: KV,
+        start: Int[Array, " n"],
+        r: int,
+        size: int,
+        apart: bool | None = None,
+    ) -> tuple[Fixed, Cache]:
+        """What `step` reads, whichever the token; and a cache with no token in it.
+
+        Args:
+          context: the prompts [L, n, p, k, h]. Keys become [L, n, k, h, p] and values
+            [L, n, k, p, h]: laid out once as the products want it.
+          start: position of a completion's first token.
+          r: completions of each prompt.
+          size: tokens of a completion at most.
+          apart: whether the layers are taken apart, and their kernels turned, once. An accelerator
+            reads a layer, and its cache, where it stands among the others; a CPU copies it out
+            first, for each token anew. None: on a CPU.
+        """
+        # Not in `step`: there a CPU would compute them anew in each layer and for each head.
+        turns = self.turns(
+            jnp.broadcast_to(start[:, None, None] + jnp.arange(size), (3, len(start), 1, size))
+        )
+        keys = rearrange(context.k, "L n p k h -> L n k h p")
+        values = rearrange(context.v, "L n p k h -> L n k p h")
+        (count, n, heads, _, h), dtype = values.shape, values.dtype
+        params, prompt = nnx.state(self.layers), KV(keys, values)
+        if apart is None:
+            apart = sharding.platform() == "cpu"
+        if not apart:
+            zeros = constrain(
+                jnp.zeros((count, n, heads, r, size, h), dtype), None, "attend", "heads", ...
+            )
+            return Fixed((params, prompt), turns), KV(zeros, zeros)
+        fixed = []
+        for i in range(count):
+            own, clip = jax.tree.map(operator.itemgetter(i), (params, prompt))
+            fixed.append((layers.turned(own), clip))
+        rows = n * heads * r
+        empty = KV(jnp.zeros((rows, h, size), dtype), jnp.zeros((rows, size, h), dtype))
+        return Fixed(layers.apart(fixed), turns), [empty] * count
 
     def step(
         self,
         x: Float[Array, "n r d"],
-        positions: Int[Array, "3 n r"],
-        cache: KV,
+        cache: Cache,
         index: Int[Array, ""],
         *,
-        context: KV,
+        fixed: Fixed,
         context_mask: Bool[Array, "n p"] | Bool[Array, "n r 1 p"],
-    ) -> tuple[Float[Array, "n r d"], KV]:
+    ) -> tuple[Float[Array, "n r d"], Cache]:
         """One token of each of n x r completions, the `index`-th of all of them.
 
         Args:
           x: its embedding.
-          positions: its positions.
-          cache: keys and values [L, n, k, r, c, h] of the completions, filled below `index`.
+          cache: of `for_steps`, filled below `index`.
           index: the token's place in the cache.
-          context: the prompts, as `for_steps` lays them out.
+          fixed: of `for_steps`.
           context_mask: as in `__call__`.
 
         Returns:
           The final norm's output, and the cache with the token in it.
         """
-        graph, stacked = nnx.split(self.layers)
-        angles = self.angles(positions[..., None])
-        seen = jnp.arange(cache.k.shape[4]) <= index
+        graph = nnx.graphdef(self.layers)
+        turns = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, index, 1, axis=2), fixed.turns
+        )
 
-        def layer(carry, inputs):
+        def layer(module, x, own_context, write):
+            """One layer; `write` puts keys and values [n, k, r, 1, h] in, and gives all so far."""
+            q, k, v = module.self_attn.project(module.input_layernorm(x), turns)
+            own, cache = write(KV(*(rearrange(a, "n r 1 k h -> n k r 1 h") for a in (k, v))))
+            seen = jnp.arange(own.v.shape[-2]) <= index
+            y = layers.attend_one(q, *own, seen, own_context, context_mask)
+            return module.finish(x, y), cache
+
+        def among_others(carry, inputs):
             x, cache = carry
-            params, i, own_context = inputs
+            i, (params, own_context) = inputs
+
+            def write(new):
+                at = (i, 0, 0, 0, index, 0)
+                put = lambda a, b: jax.lax.dynamic_update_slice(a, b[None].astype(a.dtype), at)  # noqa: E731
+                whole = jax.tree.map(put, cache, new)
+                k, v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in whole)
+                return KV(k.swapaxes(-1, -2), v), whole
+
+            return layer(nnx.merge(graph, params), x, own_context, write), None
+
+        def alone(x, fixed, cache):
+            params, own_context = fixed
             module = nnx.merge(graph, params)
-            q, k, v = module.self_attn.project(module.input_layernorm(x), angles)
-            at = (i, 0, 0, 0, index, 0)
-            k, v = (rearrange(a, "n r 1 k h -> 1 n k r 1 h") for a in (k, v))
-            cache = KV(
-                *(
-                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-                    for old, new in zip(cache, (k, v), strict=True)
-                )
-            )
-            own_k, own_v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in cache)
-            y = layers.attend_one(q, own_k, own_v, seen, own_context, context_mask)
-            return (module.finish(x, y), cache), None
+            layers.expect_turned(module)
 
-        inputs = (stacked, jnp.arange(self.config.num_hidden_layers), context)
-        (x, cache), _ = jax.lax.scan(layer, (x[:, :, None], cache), inputs)
+            def write(new):
+                k = rearrange(new.k, "n k r 1 h -> (n k r) h 1").astype(cache.k.dtype)
+                v = rearrange(new.v, "n k r 1 h -> (n k r) 1 h").astype(cache.v.dtype)
+                k = jax.lax.dynamic_update_slice(cache.k, k, (0, 0, index))
+                v = jax.lax.dynamic_update_slice(cache.v, v, (0, index, 0))
+                return KV(k, v), KV(k, v)
+
+            return layer(module, x, own_context, write)
+
+        x = x[:, :, None]
+        if isinstance(cache, KV):
+            every = (jnp.arange(self.config.num_hidden_layers), fixed.by_layer)
+            (x, cache), _ = jax.lax.scan(among_others, (x, cache), every)
+        else:
+            old, cache = cache, []
+            for one, own in zip(fixed.by_layer, old, strict=True):
+                x, own = alone(x, one, own)
+                cache.append(own)
         return self.norm(x)[:, :, 0], cache
-
-
-def for_steps(context: KV) -> KV:
-    """Prompts [L, n, p, k, h] as `Decoder.step` reads them: keys [L, n, k, h, p], values
-    [L, n, k, p, h]. Every token reads all of it, so it is laid out once as the products want it.
-    """
-    return KV(
-        rearrange(context.k, "L n p k h -> L n k h p"),
-        rearrange(context.v, "L n p k h -> L n k p h"),
-    )
 
 
 def _deepstack_at(deepstack: DeepStack, index: Int[Array, ""]) -> Float[Array, "n s d"]:

@@ -40,9 +40,9 @@ class Attention(nnx.Module):
         self.proj = layers.Linear(d, d, bias=True, rngs=rngs)
         self.heads = config.num_heads
 
-    def __call__(self, x, angles, mask):
+    def __call__(self, x, turns, mask):
         q, k, v = rearrange(self.qkv(x), "n q (three m h) -> three n q m h", three=3, m=self.heads)
-        q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+        q, k = layers.rotate(q, turns), layers.rotate(k, turns)
         # On a CPU what a few frames need stays in the cache, what all of them need does not.
         y = jax.lax.platform_dependent(q, k, v, mask, cpu=_attend_in_turn, default=_attend)
         return self.proj(rearrange(y, "n q m h -> n q (m h)"))
@@ -65,8 +65,8 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x, angles, mask):
-        x = x + self.attn(self.norm1(x), angles, mask)
+    def __call__(self, x, turns, mask):
+        x = x + self.attn(self.norm1(x), turns, mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -127,12 +127,13 @@ class VisionTower(nnx.Module):
         angles = self.angles(patch_positions)
         x = rearrange(x, "n f q d -> (n f) q d")
         mask, angles = (jnp.repeat(a, f, axis=0) for a in (mask, angles))
+        turns = layers.turns(angles)
 
         graph, stacked = nnx.split(self.blocks)
         x = constrain(x, "frames", ...)
 
         def block(x, params):
-            return constrain(nnx.merge(graph, params)(x, angles, mask), "frames", ...), None
+            return constrain(nnx.merge(graph, params)(x, turns, mask), "frames", ...), None
 
         features, begin = [], 0
         for merger, last in zip(
@@ -178,8 +179,14 @@ class VisionTower(nnx.Module):
 
 def _attend(q, k, v, mask):
     """Attention inside each frame pair: [n, q, m, h]."""
-    shared = jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, *mask.shape[1:] * 2))
-    return layers.attend(q[:, None], k[:, None], v[:, None], shared)[:, 0]
+    q, k, v = (rearrange(a, "n q m h -> n m q h") for a in (q * q.shape[-1] ** -0.5, k, v))
+    scores = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, layers.MASKED)
+    weights = jnp.exp(scores - layers.row_max(scores))
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    # The output is narrower than the weights that it would take to divide.
+    out = (out / layers.row_sums(weights)).astype(v.dtype)
+    return rearrange(out, "n m q h -> n q m h")
 
 
 def _attend_in_turn(q, k, v, mask):
