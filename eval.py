@@ -50,21 +50,30 @@ def evaluate_run(config, workdir_flag: str) -> None:
     loaded = {name: run.load(s, folder, shardings=place) for name, folder in models.items()}
     base, best = loaded["base"], list(loaded)[-1]
     evaluator = evaluate.Evaluator(base.model, base.form, mesh)
+    evaluators = dict.fromkeys(loaded, evaluator)
     # The base was never taught the format: it is held to it, the trained models if asked for. Nor
     # is a model that sees nothing sure of it, and a reply without an answer would be no guess.
     forced = run.make_format(base.tokenizer, base.model, s, forced=True).grammar
     jobs = [(name, name, records, s.prompt.segments, False) for name in loaded]
+    # A cold start that was told something else is asked as it was trained, and as PRPO begins.
+    if "coldstart" in loaded and (told := s.coldstart.instruction):
+        evaluators["coldstart"] = evaluate.Evaluator(base.model, base.instructed(told), mesh)
+        if "prpo" in loaded:
+            evaluators["prpo_start"] = evaluator
+            jobs.insert(2, ("prpo_start", "coldstart", records, s.prompt.segments, False))
     jobs.append(("blind", best, records, s.prompt.segments, True))
     if s.data.test_long:
         jobs.append(
             (f"{best}_{s.eval.long_segments}_segments", best, long, s.eval.long_segments, False)
         )
+    jobs = evaluate.chosen(jobs, s.eval.only)
     items, skipped = {}, {}
     for name, model, test, segments, blind in jobs:
+        asks = evaluators.get(name, evaluator)
         items[name], skips = evaluate.run(
             name,
-            evaluator,
-            evaluator.place(loaded[model].model),
+            asks,
+            asks.place(loaded[model].model),
             forced if model == "base" or blind or s.eval.forced else base.form.grammar,
             test,
             base.tokenizer,
@@ -93,6 +102,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
 def summarise(items, skipped, workdir, watch) -> dict:
     """The numbers of a run, from its items, its metrics and its clock."""
     shares = {name: evaluate.accuracy(found) for name, found in items.items()}
+    stages = [name for name in ("base", "coldstart", "prpo_start", "prpo") if name in items]
     for name in {"coldstart", "prpo"} & set(items):
         shares[f"{name}_by_segment"] = evaluate.by_segment(items[name])
         shares[f"{name}_by_kind"] = evaluate.by(items[name], lambda i: i.record.category)
@@ -108,9 +118,7 @@ def summarise(items, skipped, workdir, watch) -> dict:
     seconds["total"] = round(clock.get("train", 0.0) + clock.get("eval", 0.0), 1)
     return {
         "accuracy": shares,
-        "memory_tokens": {
-            k: evaluate.memory_tokens(items[k]) for k in ("base", "coldstart", "prpo") if k in items
-        },
+        "memory_tokens": {name: evaluate.memory_tokens(items[name]) for name in stages},
         "format_rate": {k: evaluate.format_rate(v) for k, v in items.items()},
         "skipped": skipped,
         "logprob_gap": max((r["logprob_gap"] for r in rows), default=None),

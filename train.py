@@ -235,6 +235,8 @@ def train(config, workdir_flag: str, make_trainer: Callable[..., Trainer] = Trai
                     form = loaded.form
                     if name == "coldstart" and s.coldstart.instruction:
                         form = loaded.instructed(s.coldstart.instruction)
+                    if name == "prpo" and s.prpo.forced:
+                        form = run.make_format(loaded.tokenizer, loaded.model, s, forced=True)
                     trainer = make_trainer(loaded.model, form, s, mesh, name)
                     phase = Phase(
                         name,

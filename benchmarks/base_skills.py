@@ -1,4 +1,4 @@
-"""What a tiny base model sees and knows: captions of unseen clips, questions about short texts.
+"""What a tiny base model sees and knows: captions of unseen clips, questions about texts and clips.
 
     python -m benchmarks.base_skills                     # the base that is shipped
     python -m benchmarks.base_skills --model FOLDER
@@ -24,7 +24,7 @@ from videomem_jax.data import needle, records, video
 from videomem_jax.data.needle_video import CLIP_SECONDS, COLOURS, DIGITS
 from videomem_jax.models import convert
 from videomem_jax.pretrain import __main__ as pretrain
-from videomem_jax.pretrain import tasks
+from videomem_jax.pretrain import scenes, tasks
 from videomem_jax.tokenizer import Tokenizer
 
 BATCH, TEXTS = 50, 1500
@@ -49,6 +49,12 @@ def captions(tokenizer: Tokenizer, folder: pathlib.Path) -> Iterator[tuple[tuple
             yield tuple(itertools.chain.from_iterable(cards)), row
 
 
+def kind_of(question: str) -> str:
+    """What a question asks for."""
+    kinds = {"How": "count", "Which picture": "colour", "right after": "after"}
+    return next((k for text, k in kinds.items() if text in question), question[16:-1])
+
+
 def questions(tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[tuple, dict]]:
     """A row for each question about a short text, with its kind and how it is to be answered."""
     while True:
@@ -56,8 +62,7 @@ def questions(tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[
         question, options, answer, name = tasks.ask(rng, cards) or ("",) * 4
         if not question:
             continue
-        kinds = {"How": "count", "Which picture": "colour", "right after": "after"}
-        kind = next((k for text, k in kinds.items() if text in question), question[16:-1])
+        kind = kind_of(question)
         how, reply, told = (
             (tasks.ANSWER, "", answer),
             (tasks.TELL_AND_ANSWER, tasks.text(cards), answer),
@@ -66,6 +71,25 @@ def questions(tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[
         task = tasks.Task(question, options, how, reply, told, notes=tasks.text(cards))
         row = pretrain.encode(tokenizer, task, np.zeros(0), pretrain.TEXT_PREFIX)
         yield (kind, how), row
+
+
+def pointed(tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[tuple, dict]]:
+    """A row for each question about notes and an unseen clip: its kind, and where its cards are.
+
+    The reply is to name these cards, which may be in the notes, in the clip, in both or nowhere.
+    """
+    painter = scenes.Painter(pretrain.SIZE, "val")
+    while True:
+        shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
+        notes = tasks.draw_cards(rng, int(rng.integers(0, 6 - len(shown))), shown)
+        scene = painter.scene(rng, shown, pretrain.FRAMES["clip"])
+        task = tasks.point(rng, [*notes, *shown], tasks.text(notes), tasks.Pointing(1.0).absent)
+        row = pretrain.encode(tokenizer, tasks.marked(rng, task), scene.times, pretrain.CLIP_PREFIX)
+        row["patches"] = scene.patches
+        found = set(task.reply.split()[1::2])
+        parts = {"notes": notes, "clip": shown}
+        where = [name for name, part in parts.items() if found & {p for _, p in part}]
+        yield (kind_of(task.question), f"in {' and '.join(where)}" if where else "nowhere"), row
 
 
 def judged(right, rows) -> Iterator[tuple[tuple, dict, np.ndarray]]:
@@ -108,6 +132,12 @@ def main() -> None:
     for (kind, how), _, good in judged(right, rows):
         known[f"{kind}: {how}"].append(good.all())
     table("questions about texts of 2 to 5 cards, by what the reply is to be", known)
+
+    found = collections.defaultdict(list)
+    rows = itertools.islice(pointed(tokenizer, np.random.default_rng(6)), TEXTS)
+    for (kind, where), _, good in judged(right, rows):
+        found[f"{kind}: {where}"].append(good.all())
+    table("which cards a question is about, by where they are", found)
 
 
 if __name__ == "__main__":

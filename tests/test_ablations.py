@@ -1,6 +1,8 @@
 """The ablations: statistics, the table of runs, what is run and in which order, the page."""
 
+import concurrent.futures
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -48,8 +50,8 @@ def test_a_difference_is_paired_by_seed():
         (-2.0, Estimate(0.1, NAN, NAN, 1), "one seed, which does not agree in direction"),
         (2.0, Estimate(0.0, NAN, NAN, 1), "one seed, which does not agree in direction"),
         (0.01, Estimate(0.1, -0.05, 0.25, 3), "none to be told from zero, which agrees"),
-        (0.01, Estimate(0.1, 0.05, 0.15, 3), "not shown to be none"),
-        (0.01, Estimate(0.1, NAN, NAN, 1), "not shown to be none"),
+        (0.01, Estimate(0.1, 0.05, 0.15, 3), "which does not agree"),
+        (0.01, Estimate(0.1, NAN, NAN, 1), "which does not agree"),
     ],
 )
 def test_agreement(paper_says, here, found):
@@ -122,7 +124,8 @@ def test_every_run_is_a_config_of_the_demo(name, sizes, tmp_path):
         assert inside[last] != value or key in ("seed", "data.folder"), f"{key} changes nothing"
         inside[last] = value  # of the key's type, or this is an error
     s = settings.freeze(config)
-    assert (s.coldstart.steps == 0) == bool(VARIANTS[name].start or name == "prpo_only")
+    untaught = name in ("prpo_only", "prpo_forced")
+    assert (s.coldstart.steps == 0) == bool(VARIANTS[name].start or untaught)
     assert (s.prpo.steps == 0) == (VARIANTS[name].model == "coldstart")
     if name == "grpo_time":
         assert s.prpo.steps == 200
@@ -154,7 +157,7 @@ def called(three, monkeypatch):
     """The commands that `work` gives, each of which leaves what it should."""
     seen, broken = [], set()
 
-    def call(command):
+    def call(self, command, log):
         where = {part.partition("=")[0]: part.partition("=")[2] for part in command}
         folder = (where.get("--workdir") or where.get("--run") or "").rpartition("/")[2]
         seen.append((command[0] if command[0] != "-m" else command[1], folder))
@@ -169,7 +172,7 @@ def called(three, monkeypatch):
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(dict.fromkeys(inference.models(True), cells)))
 
-    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(runs.Caller, "call", call)
     return seen, broken
 
 
@@ -177,7 +180,7 @@ def test_runs_come_after_what_they_need_and_once(three, called):
     seen, _ = called
     assert runs.work(three, ["memory", "coldstart"]) == []
     trained = [folder for script, folder in seen if script == "train.py"]
-    assert len(set(trained)) == len(trained) == 12
+    assert len(set(trained)) == len(trained) == 15
     assert trained.index("coldstart-2") < trained.index("full-2")
     assert ("benchmarks.ablations.inference", "full-1") in seen
     assert seen[seen.index(("train.py", "ordinary-0")) - 1][0] == "benchmarks.ablations.data"
@@ -203,15 +206,46 @@ def test_a_folder_of_other_runs_is_no_folder_of_these(three):
         quick.check(VARIANTS["full"], 0)
 
 
-def test_a_failing_and_a_stopped_command(monkeypatch):
+def test_a_failing_and_a_stopped_command(three, tmp_path):
+    caller = runs.Caller(1, tmp_path)
     with pytest.raises(RunError, match="exit code 3 of python -c 'import sys; sys.exit"):
-        runs.call(["-c", "import sys; sys.exit(3)"])
+        caller.call(["-c", "import sys; sys.exit(3)"], "one")
     with pytest.raises(Stopped, match="the same command goes on"):
-        runs.call(["-c", f"import sys; sys.exit({128 + signal.SIGTERM})"])
+        caller.call(["-c", f"import sys; sys.exit({128 + signal.SIGTERM})"], "one")
+    two = runs.Caller(2, tmp_path)
+    with pytest.raises(RunError, match="sys.exit.*, see .*broken.log"):
+        two.call(["-c", "import sys; print('why'); sys.exit(4)"], "broken")
+    assert (tmp_path / "broken.log").read_text() == "why\n"
+
+
+def test_told_to_stop_it_tells_its_commands(three, monkeypatch):
+    """And begins no other: runs are to be found as they were left."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped):  # told to this process, it is told to the command
-        runs.call(["-c", "import os, signal, time; os.kill(os.getppid(), 15); time.sleep(30)"])
+    hang = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    monkeypatch.setattr(Runs, "commands", lambda *_: [["-c", hang]])
+    with pytest.raises(Stopped):
+        runs.work(three, ["coldstart"])
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores can't be given out here")
+def test_runs_at_once_have_cores_of_their_own(tmp_path):
+    caller = runs.Caller(2, tmp_path)
+    show = "import os, time; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)))"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: caller.call(["-c", show], name), ("a", "b")))
+    a, b = (json.loads((tmp_path / f"{name}.log").read_text()) for name in "ab")
+    mine = sorted(os.sched_getaffinity(0))
+    assert sorted({*a, *b}) == mine and (len(mine) == 1 or not {*a} & {*b})
+
+
+def test_two_at_once_do_what_one_does(three, called):
+    seen, broken = called
+    broken.add("coldstart-1")
+    assert runs.work(three, ["memory", "coldstart"], jobs=2) == ["coldstart-1 broke"]
+    trained = [folder for script, folder in seen if script == "train.py"]
+    assert len(set(trained)) == len(trained) == 14  # all but full-1, and its study
+    assert trained.index("coldstart-2") < trained.index("full-2")
 
 
 # --- the page ---
@@ -269,7 +303,7 @@ def test_the_page_says_what_the_runs_say(some, tmp_path):
     assert row_of(text, "GRPO (neither PSP nor TCR)")[1] == "60.0"
     assert row_of(text, "groups with a signal, %")[1:3] == ["75.0", "75.0"]
     assert row_of(text, "completions rewarded for their answer, %")[1] == "40.0"
-    assert "last clip are right -40.0 points more often" in text  # with the memory wiped
+    assert "last clip changes by -40.0 points" in text  # with the memory wiped
     assert "changes by -20.0% of itself" in text and "this does not agree" in text
     assert "grpo-1" in gone and "full-2" in gone and "full-0" not in gone.replace("of full-0", "")
     assert "`grpo-1`" in text and "next to untrained" not in text
@@ -293,6 +327,25 @@ def test_every_number_has_its_run_and_every_run_its_command(some, tmp_path):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_level_for_both_rewards(three):
+    high, low = (
+        [row | {"accuracy/segment_4": top * min(1, row["step"] / 100)} for row in steps(300, 1)]
+        for top in (0.8, 0.5)
+    )
+    finish(three, "full", 0, 0.8, high)
+    finish(three, "no_tcr", 0, 0.5, low)
+    rows = {row[0]: row for row in tables.tcr(Results(three)).rows}
+    own, common = (
+        rows[f"steps to 90% of {what}"] for what in ("the final accuracy", "that with TCR")
+    )
+    assert all(int(cell) in (90, 91) for cell in own[1:3])
+    assert common[1] == own[1] and common[2:4] == ["not reached", ""]
+    for name in ("full", "no_tcr"):  # a seed that does get there
+        finish(three, name, 1, 0.8, high)
+    (common,) = (row for row in tables.tcr(Results(three)).rows if row[0] == common[0])
+    assert common[2:4] == ["not reached by 1 of 2", ""]
+
+
 def test_a_quick_page_says_so(some, tmp_path):
     page.write(some, tmp_path / "RESULTS.md", quick=True)
     assert "their numbers mean nothing" in (tmp_path / "RESULTS.md").read_text()
@@ -305,7 +358,7 @@ def test_without_runs_there_is_no_page(three, tmp_path):
 
 def test_a_sweep_has_the_demos_own_value(some):
     found = tables.swept(Results(some), "budget")
-    assert found[4] == "full" and list(found) == sorted(found)
+    assert found[0] == "full" and list(found) == sorted(found)
     assert tables.swept(Results(some), "paths") == {
         1: "full",
         2: "paths_2",

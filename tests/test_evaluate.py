@@ -1,4 +1,7 @@
-"""Evaluation with memories given: against a plain loop of steps; whose memories they are."""
+"""Evaluation with memories given: against a plain loop of steps; whose memories they are.
+
+And which readings `eval.py` makes.
+"""
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ from videomem_jax import evaluate, memory, sharding
 from videomem_jax import settings as cfg
 from videomem_jax.data.records import Record, RecordError
 from videomem_jax.memory import Memory, Sampling
+from videomem_jax.models.config import ConfigError
 from videomem_jax.models.vision import VisionFeatures
 
 SLOTS, SEGMENTS, ROWS = 5, 3, 3
@@ -88,3 +92,11 @@ def test_swapped_memories_are_of_another_video_and_the_same_kind():
 def test_nothing_to_swap_with():
     with pytest.raises(RecordError, match="all questions are about one video"):
         evaluate.swapped([item(0, "x", "last"), item(1, "x", "first")])
+
+
+def test_readings_are_chosen_by_their_names():
+    jobs = [("base", 1), ("prpo", 2), ("blind", 3)]
+    assert evaluate.chosen(jobs, "") == jobs
+    assert evaluate.chosen(jobs, "blind,base") == [("base", 1), ("blind", 3)]
+    with pytest.raises(ConfigError, match="eval.only='prpo,none': .* 'none' .*base, prpo, blind"):
+        evaluate.chosen(jobs, "prpo,none")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import pickle
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from tests.test_pipeline import FRAMES, PREFIX, SEGMENTS, SLOTS, TOKENS, ask, as
 from videomem_jax import settings as cfg
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.data import pipeline, video
+from videomem_jax.data.decoder import Decoder
 from videomem_jax.data.frames import FrameCache
 from videomem_jax.data.sampling import Sample
 from videomem_jax.data.video import VideoError
@@ -303,9 +305,30 @@ def test_a_cache_without_room_keeps_nothing(decoded):
 
 
 def test_a_cache_travels_empty(decoded):
+    """It becomes the one of the process that it comes to, which had none of this size."""
     cache = FrameCache(3)
     cache.get("a", decoded("a"))
+    FrameCache.shared.cache_clear()
     other = pickle.loads(pickle.dumps(cache))
-    assert not other._kept and other._room == cache._room
+    assert not other._kept and other._room == cache._room and other is FrameCache.shared(3)
     other.get("a", decoded("a"))
     assert len(decoded.calls) == 2
+
+
+def test_what_one_loader_decodes_the_next_need_not(tokenizer, film, tmp_path, monkeypatch):
+    """Phases of a run have loaders of their own. A file that is written anew is read anew."""
+    asked, read = [], Decoder.read
+    monkeypatch.setattr(
+        Decoder, "read", lambda self, wanted: asked.append(wanted.path) or read(self, wanted)
+    )
+    path = tmp_path / "a.mp4"
+    path.write_bytes(pathlib.Path(film[0].video).read_bytes())
+    record = dataclasses.replace(film[0], video=str(path))
+    for changes in ({}, {"answer": "text", "answer_tokens": 60}):
+        pipeline.Loader(tokenizer, prompts(**changes), SEGMENTS)(0, record)
+    assert asked == [str(path)]
+    pipeline.Loader(tokenizer, prompts(), SEGMENTS + 1)(0, record)
+    assert len(asked) == 2
+    path.write_bytes(path.read_bytes() + b"\0")
+    pipeline.Loader(tokenizer, prompts(), SEGMENTS)(0, record)
+    assert len(asked) == 3

@@ -84,7 +84,7 @@ def test_config_of_other_hardware(mistake):
     [
         (["prpo.paths=3"], "config.prpo.paths=3 must be a divisor of group_size=8"),
         (["prpo.group_size=1"], "config.prpo.group_size=1 must be at least 2"),
-        (["prpo.accumulate=3"], "config.prpo.accumulate=3 must be a divisor of segments=4"),
+        (["prpo.accumulate=3"], "config.prpo.accumulate=3 must be a divisor of prpo.learnt=2"),
         (["memory.budget=20"], "config.memory.budget=20 must be 0 to slots=10"),
         (["mesh.data=3"], "mesh data=3, fsdp=1, tensor=1 does not divide the 1 devices here"),
         (

@@ -91,12 +91,14 @@ def pointed_at(question, cards):
     return [card for card in cards if card[0] in words]
 
 
-def test_what_a_question_is_about_is_pointed_at():
+@pytest.mark.parametrize("absent", [0.2, 1.0])
+def test_what_a_question_is_about_is_pointed_at(absent):
     rng, seen = np.random.default_rng(3), collections.Counter()
+    pointing = tasks.Pointing(1.0, absent)
     for _ in range(1000):
         shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
-        for task, there in ((tasks.with_clip(rng, shown, 1.0), shown), (None, [])):
-            task = task or tasks.without_clip(rng, 1.0)
+        seen_and_read = (tasks.with_clip(rng, shown, pointing), shown)
+        for task, there in (seen_and_read, (tasks.without_clip(rng, pointing), [])):
             if not task.question:  # an empty clip without notes is described
                 continue
             found = read(task.reply)
@@ -104,20 +106,28 @@ def test_what_a_question_is_about_is_pointed_at():
             assert task.tail == tasks.POINT
             assert not task.answer and len(task.options) in (0, 4)
             seen[len(found)] += 1
-    assert {0, 1, 2, 3, 4} <= set(seen)
+    assert {0, 1, 2, 3} <= set(seen)
+    # Of all questions, those that no card answers: few where they are about a card that is there.
+    assert 0.1 < seen[0] / seen.total() < 0.3 if absent == 0.2 else seen[0] > 0.5 * seen.total()
     rng, same = np.random.default_rng(4), np.random.default_rng(4)
     for _ in range(50):  # nothing is pointed at unasked, and no other draw is another one then
-        assert tasks.without_clip(rng) == tasks.without_clip(same, 0.0)
+        assert tasks.without_clip(rng) == tasks.without_clip(same, tasks.Pointing(0.0))
 
 
 def test_talks_are_true():
     rng = np.random.default_rng(1)
-    for _ in range(300):
-        notes, turns = tasks.talk(rng)
-        cards = read(notes.removeprefix("Notes: "))
+    for i in range(300):
+        shown = tasks.draw_cards(rng, int(rng.integers(0, 4))) if i % 3 == 0 else None
+        notes, turns = tasks.talk(rng, tasks.Pointing(0.3 * (i % 2)), shown)
+        cards = [*read(notes.removeprefix("Notes: ")), *(shown or ())]
+        assert len(cards) <= 6 and turns
         for asked, told in turns:
             kind, *names = asked.rstrip(".").split()
-            if kind == "Only":
+            if asked.endswith(f" {tasks.POINT}"):
+                question = asked.removesuffix(f" {tasks.POINT}")
+                assert (i % 2 or not cards) and read(told) == pointed_at(question, cards)
+                assert told or shown is not None
+            elif kind == "Only":
                 assert read(told) == filtered(asked, cards)
             elif kind == "Colours":
                 colour = {picture: colour for colour, picture in cards}
@@ -234,14 +244,27 @@ def test_the_tower_learns_to_name(painter):
 def test_a_step_of_exchanges(base_tokenizer, painter):
     """As the videos' own frames go through the pipeline: the same patches, the same room."""
     for kind, frames in pretrain.FRAMES.items():
-        part = pretrain.Part(1, kind, seen=5, texts=2, talks=3)
-        seen, texts, talks = pretrain.draw(np.random.default_rng(5), base_tokenizer, painter, part)
+        part = pretrain.Part(1, kind, seen=5, texts=2, talks=3, clip_talks=2)
+        drawn = pretrain.draw(np.random.default_rng(5), base_tokenizer, painter, part)
+        seen, texts, talks, watched = drawn
         height, width = pretrain.GRID
         assert seen["patches"].shape == (5, frames // 2, height * width, 3 * 2 * 16 * 16)
         assert (seen["slot"] >= 0).sum() == 5 * frames // 2 * height * width // 4
-        assert (len(texts["reply"]), len(talks["reply"])) == (2, 3)
-        for batch in (seen, texts, talks):
+        assert [len(batch["reply"]) for batch in (texts, talks, watched)] == [2, 3, 2]
+        assert watched["patches"].shape[1:] == seen["patches"].shape[1:]
+        for batch in drawn:
             assert (batch["weight"].sum(-1) > 0).all()
+
+
+def test_a_narrow_palette_has_many_cards_of_a_colour():
+    rng, pointing = np.random.default_rng(7), tasks.Pointing(1.0, narrow=1.0)
+    assert tasks.Pointing(1.0).palette(rng) == ()
+    for _ in range(50):
+        palette = pointing.palette(rng)
+        shown = tasks.draw_cards(rng, 2, palette=palette)
+        task = tasks.with_clip(rng, shown, tasks.NEVER, palette)
+        cards = [*read(task.notes or ""), *shown]
+        assert {colour for colour, _ in cards} <= set(palette) and len(set(palette)) == 2
 
 
 def test_every_exchange_fits(base_tokenizer):
@@ -250,8 +273,8 @@ def test_every_exchange_fits(base_tokenizer):
         pretrain.encode(base_tokenizer, tasks.without_clip(rng), np.zeros(0), pretrain.TEXT_PREFIX)
         shown = tasks.draw_cards(rng, int(rng.integers(0, 4)))
         times = np.arange(pretrain.FRAMES["clip"]) * 2.0 + 3 * i
-        for pointed in (0.0, 1.0):
-            plain = tasks.with_clip(rng, shown, pointed)
+        for share in (0.0, 1.0):
+            plain = tasks.with_clip(rng, shown, tasks.Pointing(share))
             for task in (plain, tasks.marked(rng, plain)):
                 row = pretrain.encode(base_tokenizer, task, times, pretrain.CLIP_PREFIX)
                 assert row["length"] <= pretrain.REPLY
@@ -260,7 +283,7 @@ def test_every_exchange_fits(base_tokenizer):
 def test_marks_stand_around_notes_reply_and_answer(base_tokenizer):
     rng, seen = np.random.default_rng(6), set()
     for _ in range(300):
-        plain = tasks.without_clip(rng, 0.3)
+        plain = tasks.without_clip(rng, tasks.Pointing(0.3))
         task = tasks.marked(rng, plain)
         assert dataclasses.replace(task, marks=None) == plain
         (a, b, c, d), answer = task.marks, f"{task.marks[2]}{task.answer}{task.marks[3]}"
@@ -308,13 +331,13 @@ def test_first_heads_of_a_fresh_model_look_back(base_tokenizer):
     text, tokens = config.text, np.random.default_rng(0).integers(0, 480, 40)
     x = decoder.embed_tokens[...][tokens]
     x = x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True))
-    angles = decoder.angles(jnp.broadcast_to(jnp.arange(40), (3, 40)))
+    turns = decoder.turns(jnp.broadcast_to(jnp.arange(40), (3, 40)))
     group = text.num_attention_heads // text.num_key_value_heads
 
     def turned(linear, norm, head):
         y = (x @ linear.kernel[...][0]).reshape(40, -1, text.head_dim)[:, head]
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True)) * norm.scale[...][0]
-        return layers.rotate(y[:, None], angles)[:, 0]
+        return layers.rotate(y[:, None], turns)[:, 0]
 
     attention = decoder.layers.self_attn
     for kv_head, back in enumerate(pretrain.LOOKS_BACK):

@@ -25,7 +25,7 @@ def test_a_run_leaves_what_it_promises(finished, small, environment):
     )
     assert code == 0, err
     summary = json.loads((finished / "summary.json").read_text())
-    names = {"base", "coldstart", "prpo", "blind", "prpo_8_segments"}
+    names = {"base", "coldstart", "prpo_start", "prpo", "blind", "prpo_8_segments"}
     for name in names:
         share = summary["accuracy"][name]
         assert set(share) == {"mean", "low", "high", "n"}
@@ -81,6 +81,19 @@ def test_metrics_of_a_run(finished):
     prpo = [row for row in rows if row["phase"] == "prpo"]
     assert any(row["loss"] != 0 for row in prpo) and prpo[0]["format_rate"] > 0.1
     assert all(row["logprob_gap"] <= 1e-4 for row in prpo)
+
+
+@pytest.mark.slow
+def test_samples_held_to_the_format(small, environment, tmp_path):
+    """Without a cold start, which alone taught it."""
+    keys = ("coldstart.steps=0", "prpo.steps=2", "prpo.forced=True")
+    changes = [f"--config.{key}" for key in keys]
+    command = ("train.py", *small, *changes, f"--workdir={tmp_path}")
+    code, _, err = finish(start(*command, environment=environment))
+    assert code == 0, err
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["format_rate"] for row in rows] == [1, 1]
+    assert all(row["logprob_gap"] <= 1e-4 for row in rows)
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def said(config) -> str:
         ("coldstart.batch", 0, "at least 1"),
         ("coldstart.accumulate", -1, "0 or more"),
         ("prpo.batch", -4, "at least 1"),
+        ("prpo.learnt", 99, "must be 0 to segments"),
         ("prpo.accumulate", -1, "0 or more"),
         ("prpo.updates_per_rollout", 0, "at least 1"),
         ("eval.batch", 0, "at least 1"),
@@ -63,6 +64,7 @@ def said(config) -> str:
         ("data.threads", 0, "at least 1"),
         ("data.decoder_mb", 0, "at least 1"),
         ("data.time_limit", 0.0, "above 0"),
+        ("data.blank", -0.1, "0 or more"),
         ("data.cache_mb", -1, "0 or more"),
         ("data.min_duration", -1.0, "0 or more"),
         ("data.max_duration", -1.0, "0 or more"),
@@ -154,6 +156,36 @@ def test_unknown_and_missing_keys():
     config = settings.default().unlock()
     del config.memory["budget"]
     assert said(config).startswith("config.memory.budget is missing: start from")
+
+
+def test_a_run_that_is_older_than_a_key_has_its_default(tmp_path):
+    config, file = wrong({"prpo.forced": True, "prpo.optimizer.b2": 0.9}), tmp_path / "config.json"
+    file.write_text(config.to_json())
+    assert settings.of_run(tmp_path) == settings.freeze(config)
+    with config.unlocked():
+        del config.prpo["forced"], config.prpo.optimizer["b1"], config["data"]
+    file.write_text(config.to_json())
+    default = settings.Settings()
+    got = settings.of_run(tmp_path)
+    assert got.prpo.optimizer == dataclasses.replace(default.prpo.optimizer, b2=0.9)
+    assert (got.prpo.forced, got.data) == (False, default.data)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "not what train.py writes"),
+        ("{", "not what train.py writes"),
+        ("[1]", "not what train.py writes"),
+        ('{"prpo": {"was": 1}}', "config.prpo.was is not a key"),
+        ('{"prpo": 1}', "config.prpo"),
+    ],
+)
+def test_a_run_whose_settings_cannot_be_read(tmp_path, text, sentence):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        settings.of_run(tmp_path)
 
 
 def test_freezing_gives_the_same_values_back():

@@ -16,7 +16,7 @@ from videomem_jax.accumulation import micro_batches
 from videomem_jax.batch import Chain
 from videomem_jax.checkpoint import Checkpoints
 from videomem_jax.models.vision import VisionFeatures
-from videomem_jax.trainer import Trainer, optimizer
+from videomem_jax.trainer import Trainer, optimizer, strongest
 
 EXAMPLES, SEGMENTS, SLOTS, GROUP = 8, 2, 4, 4
 ONE, EIGHT, MIXED = (1, 1, 1), (8, 1, 1), (2, 2, 2)
@@ -48,6 +48,7 @@ def with_prpo(**changes) -> cfg.Settings:
 GRPO = with_prpo(psp=False, tcr=False)
 EXPECTED = with_prpo(expected=True, adv_norm="none")
 ADAPTED = cfg.Model(lora_rank=2, lora_alpha=4.0, chunk=3)
+HALF = with_prpo(learnt=1)
 LORA, LORA_GRPO = (dataclasses.replace(s, model=ADAPTED) for s in (BASE, GRPO))
 
 
@@ -190,11 +191,12 @@ def read(tokenizer, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "settings"),
-    [(EIGHT, BASE), (MIXED, BASE), (MIXED, GRPO), (MIXED, LORA), (MIXED, LORA_GRPO)],
+    [(EIGHT, BASE), (MIXED, BASE), (MIXED, GRPO), (MIXED, HALF), (MIXED, LORA), (MIXED, LORA_GRPO)],
     ids=[
         "prpo-data8",
         "prpo-data2_fsdp2_tensor2",
         "grpo-data2_fsdp2_tensor2",
+        "prpo-half-data2_fsdp2_tensor2",
         "prpo-lora-data2_fsdp2_tensor2",
         "grpo-lora-data2_fsdp2_tensor2",
     ],
@@ -416,6 +418,40 @@ def test_micro_batches_stay_where_they_are(parts, shape):
     if parts <= 4:
         segments = {frozenset((row // 16).tolist()) for row in np.asarray(got)}
         assert sorted(map(sorted, segments)) == np.arange(4).reshape(parts, -1).tolist()
+
+
+def test_segments_that_teach_most_are_kept(rolled):
+    rows, _ = rolled
+    rng = np.random.default_rng(2)
+    size = (*rows.tokens.shape[:3], 1)
+    three = jax.tree.map(lambda a: np.concatenate([a, a[:1]]), rows)
+    advantages = rng.standard_normal((3, *size[1:])).astype(np.float32)
+    three = three._replace(advantages=advantages, mask=rng.random(three.mask.shape) < 0.5)
+    assert strongest(three, 3) is three
+    found = host(strongest(three, 2))
+    for row in range(EXAMPLES):
+        strength = [(np.abs(advantages) * three.mask)[i, row].sum() for i in range(3)]
+        kept = sorted(np.argsort(strength)[1:])
+        for name in ("tokens", "mask", "weights", "old", "advantages", "choices"):
+            a, b = getattr(found, name), getattr(three, name)
+            np.testing.assert_array_equal(a[:, row], np.asarray(b)[kept, row])
+        for a, b in zip(jax.tree.leaves(found.prefix), jax.tree.leaves(three.prefix), strict=True):
+            np.testing.assert_array_equal(a[:, row], np.asarray(b)[kept, row])
+        embeds, deep = found.features.embeds[:, row], found.features.deepstack[:, :, row]
+        np.testing.assert_array_equal(embeds, np.asarray(three.features.embeds)[kept, row])
+        np.testing.assert_array_equal(deep, np.asarray(three.features.deepstack)[kept, :, row])
+
+
+@pytest.mark.slow
+def test_segments_without_advantages_change_nothing(trainer_of, rolled):
+    """A rollout teaches what its stronger segments do, where the others teach nothing."""
+    rows, _ = rolled
+    weaker = np.arange(EXAMPLES) % SEGMENTS
+    teaches = (np.arange(SEGMENTS)[:, None] != weaker)[..., None, None]
+    rows = rows._replace(advantages=rows.advantages * teaches)
+    whole, _ = update(trainer_of(), rows)
+    part, _ = update(trainer_of(settings=HALF), strongest(rows, 1))
+    assert_close(gradient(part), gradient(whole))
 
 
 @pytest.mark.slow

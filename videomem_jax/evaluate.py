@@ -25,6 +25,7 @@ from videomem_jax.data import pipeline
 from videomem_jax.data.records import LETTERS, Record, RecordError
 from videomem_jax.grammar import Grammar, Parsed
 from videomem_jax.metrics import interval
+from videomem_jax.models.config import ConfigError
 from videomem_jax.models.layers import kernels_in
 from videomem_jax.models.qwen3_vl import Qwen3VL
 from videomem_jax.tokenizer import Tokenizer
@@ -138,6 +139,21 @@ class Item:
             for times, memory, tokens, answer in parts
         ]
         return row
+
+
+def chosen(jobs: Sequence[tuple], only: str) -> list[tuple]:
+    """Those readings, whose names come first in them, that `config.eval.only` lists; "" for all.
+
+    Raises:
+      ConfigError: a name is that of no reading of this run.
+    """
+    names, there = list(filter(None, only.split(","))), [job[0] for job in jobs]
+    if unknown := [name for name in names if name not in there]:
+        raise ConfigError(
+            f"config.eval.only={only!r}: there is no {unknown[0]!r} to read in this run, only "
+            f"{', '.join(there)}"
+        )
+    return [job for job in jobs if not names or job[0] in names]
 
 
 def run(

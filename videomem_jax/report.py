@@ -31,6 +31,7 @@ __all__ = ["ReportError", "environment", "flat", "timeline_diff", "write"]
 _NAMES = {
     "base": ("Base model", "base"),
     "coldstart": ("Cold start", "coldstart"),
+    "prpo_start": ("Cold start, told as PRPO is", "coldstart"),
     "prpo": ("PRPO", "prpo"),
     "blind": ("Blind, no video", "blind"),
 }
@@ -118,7 +119,8 @@ def _name(key: str) -> tuple[str, str]:
 def _accuracies(run: Run) -> dict[str, Interval]:
     """Accuracy of each evaluation, in the order of training and the blind one last."""
     accuracy = run.part("accuracy")
-    order = ["base", "coldstart", "prpo", *(key for key in accuracy if key != "blind"), "blind"]
+    stages = ["base", "coldstart", "prpo_start", "prpo"]
+    order = [*stages, *(key for key in accuracy if key != "blind"), "blind"]
     return {key: value for key in order if (value := interval(accuracy.get(key)))}
 
 

@@ -152,6 +152,8 @@ def _make_needle(s: settings.Settings) -> None:
             splits["test_long"] = needle.SplitSpec(
                 d.long_videos, 4, s.eval.long_segments, "test", seed=4
             )
+        if blank := round(d.blank * d.train_videos):
+            splits["blank"] = needle.SplitSpec(blank, 0, t, "train", seed=5)
     except ValueError as error:
         raise ConfigError(f"config.data.task='needle' cannot be made as asked: {error}") from None
     needle.build(d.folder, splits)
@@ -160,6 +162,7 @@ def _make_needle(s: settings.Settings) -> None:
         budget_cards=s.data.chain_cards,
         keep=s.data.chain_keep,
         chains_per_record=s.data.chains,
+        blank="blank" if blank else "",
     )
 
 

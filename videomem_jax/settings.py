@@ -74,6 +74,7 @@ class Data:
     chain_cards: int = 4  # cards, or facts, in a memory of the cold start's chains
     chain_keep: float = 0.7  # chance that such a memory keeps one of them for a step
     chains: int = 1  # chains written for each record
+    blank: float = 0.0  # needle: videos without a card for the cold start, a share of train_videos
     sentences: int = 12  # facts: of a text for each clip; three of them tell a fact
 
 
@@ -124,7 +125,7 @@ class Coldstart:
 
     steps: int = 800  # 0 leaves this phase out
     batch: int = 32  # examples; each gives one sequence a segment
-    accumulate: int = 1  # micro-batches a step; 0: a prompt a device at a time
+    accumulate: int = 1  # micro-batches a step; 0: an example a device at a time
     answer_weight: float = 1.0  # of an answer's tokens in the loss; a memory's have 1
     instruction: str = ""  # in place of `prompt.instruction` here; "": the same
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
@@ -136,7 +137,8 @@ class PRPO:
 
     steps: int = 1000  # rollouts; 0 leaves this phase out
     batch: int = 16  # examples a rollout
-    accumulate: int = 4  # micro-batches an update; 0: a prompt a device at a time
+    accumulate: int = 4  # micro-batches an update; 0: an example a device at a time
+    learnt: int = 0  # clips of each example that an update learns from; 0: all
     group_size: int = 8  # completions an example and step (G)
     psp: bool = True  # hand drawn memories on; off: each completion goes on with its own (GRPO)
     paths: int = 1  # memories drawn (K) where psp is on; must divide group_size
@@ -154,6 +156,7 @@ class PRPO:
     gamma: float = 0.995  # its decay an update
     tau_min: float = 0.1  # its end
     temperature: float = 1.0  # of sampling
+    forced: bool = False  # hold samples to the format, for a model that was never taught it
     clip_low: float = 0.2  # a ratio below 1 - clip_low gains nothing more
     clip_high: float = 0.2  # nor one above 1 + clip_high
     kl_coef: float = 0.0  # weight of KL(policy || cold start); 0 keeps no reference in memory
@@ -198,6 +201,7 @@ class Eval:
     long_segments: int = 8  # segments of the videos in data.test_long
     limit: int = 0  # questions of each set; 0 for all
     forced: bool = False  # hold all models to the format; base and blind reading always are
+    only: str = ""  # readings by their names in the summary, such as "prpo,blind"; "" for all
     timelines: int = 12  # in the report
 
 
@@ -253,11 +257,41 @@ class Settings:
         """Memories carried in training: G without PSP."""
         return self.prpo.paths if self.prpo.psp else self.prpo.group_size
 
+    @property
+    def learnt(self) -> int:
+        """Clips of each example that an update of PRPO learns from."""
+        return self.prpo.learnt or self.prompt.segments
+
 
 def default() -> config_dict.ConfigDict:
     """A configuration with every key at its default; new keys are refused."""
     config = config_dict.ConfigDict(dataclasses.asdict(Settings()))
     return config.lock()
+
+
+def of_run(workdir: pathlib.Path) -> Settings:
+    """The settings of a run, as its config.json has them.
+
+    A key that the file has not got is younger than the run: its default is what was.
+
+    Raises:
+      ConfigError: the file is no configuration, or one that this version cannot have.
+    """
+    file = workdir / "config.json"
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is not what train.py writes ({error!r})") from None
+    return freeze(config_dict.ConfigDict(_filled(found, dataclasses.asdict(Settings()))))
+
+
+def _filled(found: dict, defaults: dict) -> dict:
+    """What was found, and of all keys that it has not got the default."""
+    values = defaults | found
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(values[key], dict):
+            values[key] = _filled(values[key], default)
+    return values
 
 
 def freeze(config: config_dict.ConfigDict) -> Settings:
@@ -290,12 +324,15 @@ def for_devices(settings: Settings, count: int) -> Settings:
     # Parts of the batch; a mesh that does not fit is `sharding.make_mesh`'s to refuse.
     rows = count // mesh.tensor if mesh.tensor > 0 else max(mesh.data, 1) * max(mesh.fsdp, 1)
 
-    def accumulate(part):
-        whole = s.prompt.segments * max(part.batch // max(rows, 1), 1)
+    def accumulate(part, clips):
+        whole = clips * max(part.batch // max(rows, 1), 1)
         return dataclasses.replace(part, accumulate=part.accumulate or whole)
 
     return dataclasses.replace(
-        s, mesh=mesh, coldstart=accumulate(s.coldstart), prpo=accumulate(s.prpo)
+        s,
+        mesh=mesh,
+        coldstart=accumulate(s.coldstart, s.prompt.segments),
+        prpo=accumulate(s.prpo, s.learnt),
     )
 
 
@@ -324,7 +361,7 @@ def load_sizes(folder: str | os.PathLike, **changes) -> Settings:
         try:
             found = json.loads(file.read_text())
             # A key that the file has not got is younger than the file: its default is what was.
-            values |= {key: values[key] | dict(found[key]) for key in _SIZES}
+            values |= {key: _filled(dict(found[key]), values[key]) for key in _SIZES}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} is not what train.py writes ({error!r})") from None
     keys = {key: part for part in reversed(_SIZES) for key in values[part]}
@@ -356,7 +393,7 @@ def build(cls, config, where: str):
                 f"{where}.{name} is missing: start from videomem_jax.settings.default()"
             )
         value = config[name]
-        if dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict | config_dict.ConfigDict):
             value = build(kind, value, f"{where}.{name}")
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -435,6 +472,7 @@ def _check(s: Settings) -> None:
     for key, value in (
         ("coldstart.steps", s.coldstart.steps),
         ("prpo.steps", s.prpo.steps),
+        ("data.blank", s.data.blank),
         ("data.workers", s.data.workers),
         ("data.cache_mb", s.data.cache_mb),
         ("data.min_duration", s.data.min_duration),
@@ -488,11 +526,13 @@ def _check(s: Settings) -> None:
         ("prpo.optimizer.learning_rate", s.prpo.optimizer.learning_rate),
     ):
         need(value > 0, key, value, "above 0")
-    for phase, batch, parts in (
-        ("coldstart", s.coldstart.batch, s.coldstart.accumulate),
-        ("prpo", s.prpo.batch, s.prpo.accumulate),
+    clips = s.prompt.segments
+    need(0 <= s.prpo.learnt <= clips, "prpo.learnt", s.prpo.learnt, f"0 to segments={clips}")
+    for phase, batch, parts, t in (
+        ("coldstart", s.coldstart.batch, s.coldstart.accumulate, clips),
+        ("prpo", s.prpo.batch, s.prpo.accumulate, s.learnt),
     ):
-        t = s.prompt.segments
         fits = parts == 0 or t % parts == 0 or (parts % t == 0 and batch % (parts // t) == 0)
-        what = f"a divisor of segments={t}, or {t} times a divisor of batch={batch}"
+        name = "segments" if t == clips else "prpo.learnt"
+        what = f"a divisor of {name}={t}, or {t} times a divisor of batch={batch}"
         need(fits, f"{phase}.accumulate", parts, what)

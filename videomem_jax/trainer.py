@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from videomem_jax import grammar, prpo, rewards, rollout, sharding
 from videomem_jax import memory as mem
 from videomem_jax import settings as cfg
-from videomem_jax.accumulation import accumulate, micro_batches
+from videomem_jax.accumulation import accumulate, micro_batches, take_segments
 from videomem_jax.batch import Batch, Prefix
 from videomem_jax.grammar import Parsed, State
 from videomem_jax.models import lora
@@ -62,6 +62,21 @@ class Rows(NamedTuple):
     weights: Float[Array, "t n r c"]
     old: Float[Array, "t n r c"]
     advantages: Float[Array, "t n r #c"]
+
+
+def strongest(rows: Rows, count: int) -> Rows:
+    """Of each prompt's t segments the `count` with the largest advantages (sum of magnitudes).
+
+    A group whose completions all earn the same teaches nothing, and costs as much. Tokens keep the
+    weights that they have among all segments: where nothing but such groups is left out, the
+    gradient of the policy's loss is the same. (DAPO, arXiv 2503.14476, draws other groups in their
+    place; segments are left out here, since examples lie on different devices.)
+    """
+    if count == len(rows.tokens):
+        return rows
+    strength = (jnp.abs(rows.advantages) * rows.mask).sum((2, 3))
+    kept = jax.lax.top_k(strength.T, count)[1].T
+    return take_segments(rows, jnp.sort(kept, axis=0))
 
 
 def optimizer(settings: cfg.Optimizer, steps: int) -> optax.GradientTransformation:
@@ -287,7 +302,7 @@ class Trainer:
         if p.expected:  # the answer is no part of what the memory earned
             answers = grammar.states(self.form.grammar, done.tokens) == State.ANSWER
             advantages = jnp.where(answers, by_row(steps.extra.luck)[..., None], advantages)
-        return Rows(
+        rows = Rows(
             prefix=jax.tree.map(by_segment, batch.prefix),
             features=VisionFeatures(
                 by_segment(features.embeds),
@@ -307,6 +322,7 @@ class Trainer:
             old=done.logprobs,
             advantages=advantages,
         )
+        return strongest(rows, self.settings.learnt)
 
     def rollout_metrics(
         self, batch: Batch, steps: mem.Steps, step: Int[Array, ""]

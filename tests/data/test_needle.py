@@ -266,6 +266,17 @@ def state(folder):
     }
 
 
+def test_a_video_without_questions_shows_no_card(tmp_path):
+    spec = SplitSpec(videos=1, questions_per_video=0, segments=4, part="train", seed=5)
+    needle.build(tmp_path, {"blank": spec}, progress=False)
+    assert (tmp_path / "blank.jsonl").read_bytes() == b""
+    film = needle_video.film_frames(needle_video.PARTS["train"].film).astype(int)
+    with av.open(str(tmp_path / "blank/0000.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    for frame in frames[:: len(frames) // 16]:
+        assert np.abs(film - frame).mean((1, 2, 3)).min() < 8
+
+
 def test_finished_folder_is_reused_and_a_gap_is_filled(tmp_path):
     needle.build(tmp_path, ONE, progress=False)
     before = state(tmp_path)
@@ -329,7 +340,7 @@ def test_folder_that_cannot_be_made(tmp_path):
     ("change", "says"),
     [
         ({"videos": 0}, "at least 1 video"),
-        ({"questions_per_video": 7}, "1 to 6 questions"),
+        ({"questions_per_video": 7}, "0 to 6 questions"),
         ({"segments": 3}, "4 to 10 segments"),
         ({"segments": 11}, "4 to 10 segments"),
         ({"segments": 3, "cards": 8}, "4 to 10 segments"),

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -122,6 +123,24 @@ def test_write_chains(tmp_path, train):
     first = path.read_bytes()
     needle_chains.write_chains(tmp_path, budget_cards=4, chains_per_record=2)
     assert path.read_bytes() == first
+
+
+def test_of_blank_videos_nothing_is_remembered_and_a_is_answered(tmp_path, train):
+    records.write_records(tmp_path / "train.jsonl", train[:12])
+    for name in ("0000", "0001"):
+        (tmp_path / "blank").mkdir(exist_ok=True)
+        (tmp_path / f"blank/{name}.mp4").write_bytes(b"")
+    path = needle_chains.write_chains(tmp_path, budget_cards=4, blank="blank")
+    read, skipped = records.read_records(path)
+    assert not skipped and len(read) == 12 + 8
+    added = read[12:]
+    shown = [str(pathlib.Path(r.video).relative_to(tmp_path)) for r in added]
+    assert shown == ["blank/0000.mp4"] * 4 + ["blank/0001.mp4"] * 4
+    # Questions of all of the train split, not of its first videos alone.
+    asked = [train[i] for i in (0, 1, 3, 4, 6, 7, 9, 10)]
+    assert [r.question for r in added] == [r.question for r in asked]
+    assert {(r.memories, r.answers) for r in added} == {(("",) * 4, ("A",) * 4)}
+    assert all(r.meta["cards"] == [] for r in added)
 
 
 def test_supported_answer_needs_a_kind(train):

@@ -64,19 +64,28 @@ def sizes(s: cfg.Settings, batch: int, paths: int, each: int) -> Sizes:
 
 
 class Account:
-    """The operations of a run's steps. `flash`: whether attention is left to the TPU kernel."""
+    """The operations of a run's steps.
+
+    Of a prompt nobody needs what its last layer does with its keys and values.
+
+    `flash`: as on a TPU, where a kernel computes attention, and a prompt runs its last layer whole;
+    else as on a CPU.
+    """
 
     def __init__(self, s: cfg.Settings, config: Qwen3VLConfig, flash: bool):
         self.settings, self.text, self.vision, self.flash = s, config.text, config.vision, flash
         t = config.text
         heads = (t.num_attention_heads + t.num_key_value_heads) * 2 * t.head_dim
-        # Of the decoder's linear maps a layer, and of the head.
+        # Of the decoder's linear maps a layer, of those to keys and values, and of the head.
         self.linear = t.hidden_size * (heads + 3 * t.intermediate_size)
+        keys_values = 2 * t.num_key_value_heads * t.head_dim
+        self.linear_kv = t.hidden_size * keys_values
         self.head = t.hidden_size * t.vocab_size
         inputs = 5 * t.hidden_size + t.num_attention_heads * t.head_dim + t.intermediate_size
         outputs = heads - t.num_attention_heads * t.head_dim
         outputs += 2 * t.intermediate_size + 2 * t.hidden_size
         self.adapter = s.model.lora_rank * (inputs + outputs)
+        self.adapter_kv = s.model.lora_rank * (2 * t.hidden_size + keys_values)
 
     def steps(self) -> dict[str, Operations]:
         """By the names of `programs.steps`."""
@@ -94,7 +103,7 @@ class Account:
                 t, self.learning(cold, trained, False), see(cold.rows, s.model.train_vision)
             ),
             "rollout": _times(t, self.sampling(rl), see(s.prpo.batch)),
-            "update": _times(t, self.learning(rl, trained, reference)),
+            "update": _times(s.learnt, self.learning(rl, trained, reference)),
             "evaluation": _times(t, self.sampling(read), see(read.rows)),
         }
 
@@ -118,9 +127,9 @@ class Account:
 
     def _attention(self, z: Sizes) -> tuple[float, float, float]:
         """A forward pass of all layers: what is needed, what XLA's form computes, the kernel's."""
-        unit, p, c = self._pair, z.prompt, z.completion
-        needed = z.rows * p**2 / 2 + z.completed * (p + c / 2)
-        whole = z.rows * p**2 + z.completed * (p + c)
+        unit, p, c, short = self._pair, z.prompt, z.completion, self._short
+        needed = z.rows * p**2 / 2 * short + z.completed * (p + c / 2)
+        whole = z.rows * p**2 * short + z.completed * (p + c)
         if not self.flash:
             return unit * needed, unit * whole, 0.0
         blocks = z.rows * (computed_pairs(1, p, 0) + computed_pairs(z.each, c, p))
@@ -132,41 +141,55 @@ class Account:
         t = self.text
         return 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers
 
+    @property
+    def _short(self) -> float:
+        """All layers but the last, as a share."""
+        return 1 - 1 / self.text.num_hidden_layers
+
+    def _maps(self, z: Sizes, layer: float, keys_values: float) -> tuple[float, float]:
+        """A forward pass through linear maps: what is needed, and what is computed.
+
+        layer, keys_values: parameters of a layer's, and of those of them to keys and values.
+        """
+        whole = 2 * layer * self.text.num_hidden_layers * z.tokens
+        needed = whole - 2 * (layer - keys_values) * z.rows * z.prompt
+        return needed, whole if self.flash else needed
+
     def sampling(self, z: Sizes) -> Operations:
         """Prefill, and as many decode steps as a completion has room for."""
-        t = self.text
-        layers = 2 * self.linear * t.num_hidden_layers
         needed, _, _ = self._attention(z)
         # A decode step looks at its whole cache, filled or not.
         decode = z.completed * (z.prompt + z.completion) * self._pair
-        prefill, kernels = z.rows * z.prompt**2 * self._pair, 0.0
+        prefill, kernels = z.rows * z.prompt**2 * self._pair * self._short, 0.0
         if self.flash:
             prefill, kernels = 0.0, z.rows * computed_pairs(1, z.prompt, 0) * self._pair
-        linear = layers * z.tokens + 2 * self.head * z.completed
-        adapters = 2 * self.adapter * t.num_hidden_layers * z.tokens
-        products = linear + adapters + decode + prefill
-        return Operations(linear + adapters + needed, products, kernels)
+        linear = self._maps(z, self.linear, self.linear_kv)
+        adapters = self._maps(z, self.adapter, self.adapter_kv)
+        model, products = (
+            a + b + 2 * self.head * z.completed for a, b in zip(linear, adapters, strict=True)
+        )
+        return Operations(model + needed, products + decode + prefill, kernels)
 
     def learning(self, z: Sizes, trained: bool, reference: bool) -> Operations:
         """Forward, backward, and forward again of what the backward pass does not find kept."""
         t, remat = self.text, self.settings.model.remat
         again = remat in ("all", "attention")
-        forward = 2 * self.linear * t.num_hidden_layers * z.tokens
+        least, forward = self._maps(z, self.linear, self.linear_kv)
         # A layer's last product is nothing that its backward pass asks for.
         last = t.hidden_size * t.intermediate_size / self.linear
         head = 2 * self.head * z.completed
         chunked = self.settings.model.chunk < z.completion
-        adapters = 2 * self.adapter * t.num_hidden_layers * z.tokens
+        fewest, adapters = self._maps(z, self.adapter, self.adapter_kv)
         needed, whole, kernel = self._attention(z)
         passes = 2 + trained  # forward, by the input, and by the weights that are trained
-        model = (forward + head) * passes + 3 * adapters + 3 * needed
+        model = (least + head) * passes + 3 * fewest + 3 * needed
         products = forward * (passes + again * (1 - last)) + head * (passes + chunked)
-        products += adapters * (3 + again) + whole * (3 + (remat != "none"))
-        # Of each product of the forward pass (2) the backward kernels make 7 in place of 4: both
-        # compute the weights again, and one of them their gradient.
+        # For the forward pass's 2 products the backward pass makes 5: 4, and the scores again.
+        products += adapters * (3 + again) + whole * (3.5 + (remat in ("all", "products")))
+        # The backward kernels make 7: both compute the weights again, and one their gradient.
         kernels = kernel * (1 + 3.5 + (remat == "all"))
         if reference:
-            model += forward + head + needed
+            model += least + head + needed
             products += forward + head + whole
             kernels += kernel
         return Operations(model, products, kernels)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import functools
+import os
 import threading
 from collections.abc import Callable, Hashable
 
@@ -19,6 +21,12 @@ from videomem_jax.data.sampling import Sample, Wanted, check_duration
 
 class FrameCache:
     """What was decoded, by what was asked for; the oldest is dropped beyond a number of bytes."""
+
+    @staticmethod
+    @functools.cache
+    def shared(megabytes: int) -> FrameCache:
+        """The one of this process: what a phase of a run has decoded the next need not."""
+        return FrameCache(megabytes)
 
     def __init__(self, megabytes: int):
         self._room = megabytes * 2**20
@@ -42,11 +50,8 @@ class FrameCache:
                 self._used -= self._kept.popitem(last=False)[1].frames.nbytes
         return found
 
-    def __getstate__(self):
-        return {"_room": self._room}
-
-    def __setstate__(self, state):
-        self.__init__(state["_room"] // 2**20)
+    def __reduce__(self):
+        return FrameCache.shared, (self._room // 2**20,)
 
 
 class Frames:
@@ -60,7 +65,7 @@ class Frames:
         """
         self._settings, self._segments = settings, segments
         data = settings.data
-        self._cache = FrameCache(data.cache_mb)
+        self._cache = FrameCache.shared(data.cache_mb)
         self._decoder = Decoder(data.time_limit, data.decoder_mb)
         self._prepared = None
         # Evaluation of longer videos has segments of its own.
@@ -76,7 +81,10 @@ class Frames:
           VideoError: its video cannot be used; `cause` says why.
         """
         wanted = self._wanted(record)
-        return self._cache.get(wanted, lambda: self._read(wanted))
+        place = self._place(wanted)
+        # A video that is written anew is read anew; where it was prepared, nobody looks at it.
+        source = _written(wanted.path) if place is None else self._settings.data.prepared
+        return self._cache.get((wanted, source), lambda: self._read(wanted, place))
 
     def times(self, record: Record) -> Float[np.ndarray, "t f"]:
         """Only the times of the frames, in seconds, of a record that can be read."""
@@ -105,8 +113,7 @@ class Frames:
         """The row of prepared data that holds what is wanted."""
         return None if self._prepared is None else self._prepared.find(wanted)
 
-    def _read(self, wanted: Wanted) -> Sample:
-        place = self._place(wanted)
+    def _read(self, wanted: Wanted, place: int | None) -> Sample:
         if place is not None:
             found = self._prepared.read(place)
             check_duration(wanted.path, found.duration, wanted.shortest, wanted.longest)
@@ -119,3 +126,12 @@ class Frames:
             if error.cause == "slow":
                 self._slow[wanted.path] = error
             raise
+
+
+def _written(path: str) -> tuple[int, int] | None:
+    """Size of a file and when it was written; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

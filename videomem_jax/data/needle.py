@@ -54,7 +54,8 @@ class SplitSpec:
 
     Attributes:
       videos: number of videos.
-      questions_per_video: 1 to 6; more would repeat questions.
+      questions_per_video: 1 to 6; more would repeat questions. With 0 there is nothing to ask for:
+        film, and no card.
       segments: clips of 16 s in a video: 4 to 10, or with `cards` 4 or more.
       part: key of `needle_video.PARTS`, the film and handwriting to make videos of.
       seed: of the split; splits with different seeds have no card sequence in common.
@@ -71,9 +72,9 @@ class SplitSpec:
     cards: int = 0
 
     def __post_init__(self):
-        if self.videos < 1 or not 1 <= self.questions_per_video <= 6:
+        if self.videos < 1 or not 0 <= self.questions_per_video <= 6:
             raise ValueError(
-                f"A split needs at least 1 video and 1 to 6 questions a video, found "
+                f"A split needs at least 1 video and 0 to 6 questions a video, found "
                 f"{self.videos} and {self.questions_per_video}."
             )
         # Fewer have no room for the cards of every question, more need more pictures than exist.
@@ -228,7 +229,7 @@ def _plans(name: str, spec: SplitSpec) -> Iterator[_Plan]:
     """Draws the cards and questions of every video of a split."""
     for index, asked in enumerate(_deal(spec)):
         rng = np.random.default_rng([spec.seed, 0, index])
-        cards = _draw_cards(rng, spec, asked)
+        cards = _draw_cards(rng, spec, asked) if asked else []
         unique = _colours_shown(cards, 1)
         rng.shuffle(unique)
         made = []

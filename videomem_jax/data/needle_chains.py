@@ -37,6 +37,7 @@ def memory_text(cards: Iterable[CardFacts]) -> str:
 # some card and the next ones.
 UNTAUGHT = 0.75  # share of the answers that no memory supports
 HABITS = ("any", "first", "last", "colour", "next")
+_QUESTIONS = 4  # about each blank video
 
 
 def chain(
@@ -45,10 +46,10 @@ def chain(
     """Draws a chain of memories and provisional answers for a record of the task.
 
     The chain has a habit, drawn whatever the question: it likes some cards better than others
-    (`HABITS`), and holds at most 2 to `budget_cards` of them. After each clip, each card of the
-    memory before and of the clip is kept with probability `keep`; of those that are left the best
-    liked stay. So whatever a question may need is sometimes kept as a whole, for reinforcement
-    learning to find: cards dropped one by one at random hardly ever leave all of one colour.
+    (`HABITS`), and holds at most `budget_cards` of them. After each clip, each card of the memory
+    before and of the clip is kept with probability `keep`; of those that are left the best liked
+    stay. So whatever a question may need is sometimes kept as a whole, for reinforcement learning
+    to find: cards dropped one by one at random hardly ever leave all of one colour.
 
     Returns:
       For each clip, the memory after it, and the letter of the option that the memory supports.
@@ -60,13 +61,12 @@ def chain(
     """
     cards = record.meta["cards"]
     liked = _order(rng, cards)
-    most = int(rng.integers(min(2, budget_cards), budget_cards + 1))
     held: list[int] = []
     memories, answers = [], []
     for segment in range(round(record.duration / needle_video.CLIP_SECONDS)):
         held += [i for i, card in enumerate(cards) if card["segment"] == segment]
         held = [i for i in held if rng.random() < keep]
-        held = sorted(sorted(held, key=liked.__getitem__)[:most])
+        held = sorted(sorted(held, key=liked.__getitem__)[:budget_cards])
         kept = [cards[i] for i in held]
         memories.append(memory_text(kept))
         answer = supported_answer(record, kept)
@@ -123,9 +123,19 @@ def write_chains(
     budget_cards: int,
     keep: float = 0.7,
     chains_per_record: int = 1,
+    blank: str = "",
     seed: int = 0,
 ) -> Path:
     """Writes `folder/coldstart.jsonl`: the train records with memories and answers.
+
+    Args:
+      folder: of the task.
+      budget_cards, keep: see `chain`.
+      chains_per_record: for each record.
+      blank: split of videos without a card. Train questions are asked about these too: nothing is
+        remembered, and the answer is A. A memory that holds nothing is rare in all other chains;
+        never taught, answers to it break the format, which then asks to remember no matter what.
+      seed: of all draws.
 
     Returns:
       The file's path.
@@ -145,6 +155,20 @@ def write_chains(
                 yield dataclasses.replace(
                     record, id=f"{record.id}-chain{number}", memories=memories, answers=answers
                 )
+        videos = sorted((Path(folder) / blank).glob("*.mp4")) if blank else []
+        asked = np.linspace(0, len(train), len(videos) * _QUESTIONS, endpoint=False).astype(int)
+        for index, place in enumerate(asked):
+            record, video = train[place], videos[index // _QUESTIONS]
+            clips = round(record.duration / needle_video.CLIP_SECONDS)
+            yield dataclasses.replace(
+                record,
+                id=f"{blank}-{index:04d}",
+                video=f"{blank}/{video.name}",
+                evidence=None,
+                meta={"about": record.meta["about"], "cards": []},
+                memories=("",) * clips,
+                answers=("A",) * clips,
+            )
 
     records.write_records(path, chained())
     return path

@@ -52,7 +52,8 @@ class Part:
     frames: "pair" or "clip", what the exchanges with pixels show, and how many a step.
     texts: exchanges about a text a step.
     talks: texts a step with many exchanges about each.
-    pointed: share of exchanges that ask for the cards that a question is about.
+    clip_talks: clips a step with many exchanges about each.
+    pointing: how many exchanges, and of those in a talk, ask for what a question is about.
     marked: share of those with notes in which notes and reply stand between marks.
     """
 
@@ -61,7 +62,8 @@ class Part:
     seen: int
     texts: int
     talks: int
-    pointed: float = 0.0
+    clip_talks: int = 0
+    pointing: tasks.Pointing = tasks.NEVER
     marked: float = 0.0
 
     def dressed(self, rng: np.random.Generator, task: tasks.Task) -> tasks.Task:
@@ -78,12 +80,29 @@ TOWER_STEPS, TOWER_PAIRS = 1500, 384
 # replies "Continue and answer." on what came after a card were still wrong; after three, 2%.
 # Last, to point at what a question is about, with words or brackets around notes and reply. A
 # memory stands in tags, which start as these brackets: without them the base went on from
-# `<memory>` as if the card's colour had been said.
+# `<memory>` as if the card's colour had been said. First at what is mostly there; then at what may
+# not be, else it took that for granted; then in many questions about one clip.
 COURSES = (
     (1.0, (Part(300, "pair", 64, 12, 32), Part(1300, "clip", 30, 10, 12))),
     (0.6, (Part(900, "clip", 12, 16, 32),)),
     (0.6, (Part(700, "clip", 6, 16, 48),)),
-    (0.6, (Part(700, "clip", 14, 12, 16, pointed=0.4, marked=0.6),)),
+    (0.6, (Part(1600, "clip", 14, 12, 16, pointing=tasks.Pointing(0.6), marked=0.6),)),
+    (0.4, (Part(700, "clip", 20, 12, 8, pointing=tasks.Pointing(0.6, absent=0.6), marked=0.6),)),
+    (
+        0.5,
+        (
+            Part(
+                600,
+                "clip",
+                14,
+                8,
+                4,
+                clip_talks=10,
+                pointing=tasks.Pointing(0.7, absent=0.4, narrow=0.4),
+                marked=0.7,
+            ),
+        ),
+    ),
 )
 
 
@@ -120,18 +139,27 @@ def encode_tail(tokenizer: Tokenizer, task: tasks.Task) -> list[int]:
     ]
 
 
-def encode_talk(tokenizer: Tokenizer, notes: str, turns: Sequence[tuple[str, str]]):
-    """Notes and many exchanges about them, one after another; the replies are to be learnt."""
+def encode_talk(
+    tokenizer: Tokenizer,
+    notes: str,
+    turns: Sequence[tuple[str, str]],
+    times: np.ndarray | tuple[()] = (),
+    size: int = TALK_PREFIX,
+):
+    """Notes and many exchanges about them, one after another; the replies are to be learnt.
+
+    Before the notes stands a clip, if it has frames at `times`.
+    """
     reply, weight = [], []
     for asked, answer in turns:
-        space = "" if answer.isdigit() else " "
+        space = "" if answer.isdigit() or not answer else " "
         ask, told = tokenizer.encode(asked), tokenizer.encode(f"{space}{answer}\n")
         if len(reply) + len(ask) + len(told) > TALK:
             break
         reply += [*ask, *told]
         weight += [0.0] * len(ask) + [1.0] * len(told)
     task = tasks.Task("", (), notes, "")
-    return encode_reply(tokenizer, task, np.zeros((0,)), TALK_PREFIX, reply, weight, TALK)
+    return encode_reply(tokenizer, task, np.array(times), size, reply, weight, TALK)
 
 
 def encode_reply(tokenizer, task, times, size, reply, weight, room):
@@ -162,27 +190,37 @@ def encode_reply(tokenizer, task, times, size, reply, weight, room):
 
 
 def draw(rng: np.random.Generator, tokenizer: Tokenizer, painter: scenes.Painter, part: Part):
-    """One step's exchanges: with frames, about texts, and many about one text."""
-    seen, patches, pairs = [], [], part.frames == "pair"
-    chances = CARDS[part.frames]
-    for _ in range(part.seen):
+    """One step's exchanges: with frames, about texts, many about one text, many about one clip."""
+    chances, frames = CARDS[part.frames], FRAMES[part.frames]
+    size = PAIR_PREFIX if part.frames == "pair" else CLIP_PREFIX
+
+    def shown():
         number = int(rng.choice(len(chances), p=chances))
-        shown = tasks.draw_cards(rng, number)
-        scene = painter.scene(rng, shown, FRAMES[part.frames])
-        task = tasks.of_frames(shown) if pairs else tasks.with_clip(rng, shown, part.pointed)
-        task = part.dressed(rng, task)
-        seen.append(encode(tokenizer, task, scene.times, PAIR_PREFIX if pairs else CLIP_PREFIX))
-        patches.append(scene.patches)
-    texts = (tasks.without_clip(rng, part.pointed) for _ in range(part.texts))
+        palette = part.pointing.palette(rng)
+        cards = tasks.draw_cards(rng, number, palette=palette)
+        return cards, palette, painter.scene(rng, cards, frames)
+
+    seen, watched = [], []
+    for _ in range(part.seen):
+        cards, palette, scene = shown()
+        if part.frames == "pair":
+            task = tasks.of_frames(cards)
+        else:
+            task = tasks.with_clip(rng, cards, part.pointing, palette)
+        row = encode(tokenizer, part.dressed(rng, task), scene.times, size)
+        seen.append(row | {"patches": scene.patches})
+    texts = (tasks.without_clip(rng, part.pointing) for _ in range(part.texts))
     read = [
         encode(tokenizer, part.dressed(rng, task), np.zeros((0,)), TEXT_PREFIX) for task in texts
     ]
-    talks = [encode_talk(tokenizer, *tasks.talk(rng)) for _ in range(part.talks)]
+    talks = [encode_talk(tokenizer, *tasks.talk(rng, part.pointing)) for _ in range(part.talks)]
+    for _ in range(part.clip_talks):
+        cards, palette, scene = shown()
+        notes, turns = tasks.talk(rng, part.pointing, cards, palette)
+        row = encode_talk(tokenizer, notes, turns, scene.times, size)
+        watched.append(row | {"patches": scene.patches})
     stack = lambda rows: {k: np.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731
-    parts = [stack(rows) for rows in (seen, read, talks) if rows]
-    if seen:
-        parts[0]["patches"] = np.stack(patches)
-    return parts
+    return [stack(rows) for rows in (seen, read, talks, watched) if rows]
 
 
 def replies(model: Qwen3VL, batch):
@@ -196,9 +234,8 @@ def replies(model: Qwen3VL, batch):
         where = jnp.broadcast_to(video.patch_positions(*SIZE), (n, GRID[0] * GRID[1], 2))
         features = model.see(batch["patches"], where, jnp.broadcast_to(jnp.array(GRID), (n, 2)))
         slot = batch["slot"]
-    _, kv = model.prefill(
-        batch["tokens"], jnp.moveaxis(batch["positions"], 1, 0), batch["mask"], features, slot
-    )
+    positions = jnp.moveaxis(batch["positions"], 1, 0)
+    _, kv = model.prefill(batch["tokens"], positions, batch["mask"], features, slot, hidden=False)
     inputs = jnp.concatenate([batch["last"][:, None], batch["reply"][:, :-1]], 1)[:, None]
     position = jnp.broadcast_to(batch["position"][:, None, None] + jnp.arange(room), inputs.shape)
     mask = jnp.arange(room) < batch["length"][:, None]

@@ -43,6 +43,34 @@ class Task:
     marks: tuple[str, str, str, str] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Pointing:
+    """How often exchanges ask for the cards that a question is about (`point`).
+
+    Attributes:
+      share: of exchanges.
+      absent: share of these questions that are about any colour or picture, there or not.
+      narrow: share of all exchanges whose cards have two colours: then many are of one.
+    """
+
+    share: float
+    absent: float = 0.2
+    narrow: float = 0.0
+
+    def drawn(self, rng: np.random.Generator) -> bool:
+        """Whether the next exchange is one. Where none is, nothing is drawn."""
+        return self.share > 0 and rng.random() < self.share
+
+    def palette(self, rng: np.random.Generator) -> tuple[str, ...]:
+        """The colours of the next exchange's cards; none where any will do."""
+        if self.narrow > 0 and rng.random() < self.narrow:
+            return tuple(map(str, rng.choice(list(needle_video.COLOURS), 2, replace=False)))
+        return ()
+
+
+NEVER = Pointing(0.0)
+
+
 def text(cards: Cards) -> str:
     """The cards (colour, picture) as words: "red cat blue star"."""
     facts = [{"colour": colour, "picture": picture} for colour, picture in cards]
@@ -53,16 +81,18 @@ def draw_cards(
     rng: np.random.Generator,
     count: int,
     without: Cards = (),
+    palette: Sequence[str] = (),
 ) -> list[tuple[str, str]]:
     """Cards with pictures that differ from each other and from those of `without`.
 
-    At most four of them have one colour, as in the task's videos.
+    At most four of them have one colour, as in the task's videos. Colours are those of `palette`,
+    two at least, if it is given.
     """
     taken = {picture for _, picture in without}
     free = [p for p in needle_video.PICTURES if p not in taken]
     pictures = rng.choice(free, count, replace=False)
-    # A narrow palette makes colours repeat, which counting needs.
-    palette = rng.choice(list(needle_video.COLOURS), int(rng.integers(2, 9)), replace=False)
+    if not palette:  # a narrow one makes colours repeat, which counting needs
+        palette = rng.choice(list(needle_video.COLOURS), int(rng.integers(2, 9)), replace=False)
     colours = rng.choice(np.repeat(palette, 4), count, replace=False)
     return [(str(colour), str(picture)) for colour, picture in zip(colours, pictures, strict=True)]
 
@@ -162,23 +192,29 @@ def about(rng: np.random.Generator, cards: Cards, notes: str, closed: float) -> 
     return Task(question, options, NAME, name, notes=notes)
 
 
-def point(rng: np.random.Generator, cards: Cards, notes: str) -> Task:
+def point(rng: np.random.Generator, cards: Cards, notes: str, absent: float) -> Task:
     """A question, and the cards that it is about in place of its answer: none, one or more.
 
     Of what came after a card that is the card itself too, with or without a next one.
+
+    Args:
+      rng: of all draws.
+      cards: that the exchange tells of.
+      notes: what stands in them.
+      absent: see `Pointing`.
     """
-    kind = rng.choice(["colour", "count", "count", "after", "after", "first", "last"])
+    kind = rng.choice(["colour", *["count"] * 2, *["after"] * 4, "first", "last"])
     options: tuple[str, ...] = tuple(map(str, rng.choice(needle_video.PICTURES, 4, replace=False)))
     if kind in ("colour", "count"):
         colours = [c for c, _ in cards] or list(needle_video.COLOURS)
-        colour = str(rng.choice(list(needle_video.COLOURS) if rng.random() < 0.2 else colours))
+        colour = str(rng.choice(list(needle_video.COLOURS) if rng.random() < absent else colours))
         found = [card for card in cards if card[0] == colour]
         question = f"Which picture was on the {colour} card?"
         if kind == "count":
             question, options = f"How many {colour} cards were there?", tuple("1234")
     elif kind == "after":
         pictures = [p for _, p in cards] or list(needle_video.PICTURES)
-        picture = str(rng.choice(needle_video.PICTURES if rng.random() < 0.2 else pictures))
+        picture = str(rng.choice(needle_video.PICTURES if rng.random() < absent else pictures))
         place = pictures.index(picture) if picture in pictures else len(cards)
         found = list(cards[place : place + 2])
         question = f"Which card came right after the {picture}?"
@@ -194,15 +230,25 @@ def of_frames(shown: Cards) -> Task:
     return Task("", (), DESCRIBE, text(shown))
 
 
-def with_clip(rng: np.random.Generator, shown: Cards, pointed: float = 0.0) -> Task:
+def _notes(rng: np.random.Generator, shown: Cards, palette: Sequence[str]) -> Cards:
+    """Cards before a clip's, five with those at most; often none."""
+    if rng.random() < 0.6:
+        return draw_cards(rng, int(rng.integers(0, 6 - len(shown))), shown, palette)
+    return []
+
+
+def with_clip(
+    rng: np.random.Generator,
+    shown: Cards,
+    pointing: Pointing = NEVER,
+    palette: Sequence[str] = (),
+) -> Task:
     """An exchange about a clip that shows these cards; a share of them is `point`."""
     kind = rng.random()
-    notes: Cards = []
-    if rng.random() < 0.6:
-        notes = draw_cards(rng, int(rng.integers(0, 6 - len(shown))), shown)
+    notes = _notes(rng, shown, palette)
     whole, told = [*notes, *shown], text(notes)
-    if pointed and rng.random() < pointed:
-        return point(rng, whole, told)
+    if pointing.drawn(rng):
+        return point(rng, whole, told, pointing.absent)
     if kind < 0.1 or not whole:
         return of_frames(shown)
     if kind < 0.2:
@@ -212,15 +258,29 @@ def with_clip(rng: np.random.Generator, shown: Cards, pointed: float = 0.0) -> T
     return about(rng, whole, told, closed=0.75) or of_frames(shown)
 
 
-def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
-    """Notes, and many questions about them with their answers.
+def talk(
+    rng: np.random.Generator,
+    pointing: Pointing = NEVER,
+    shown: Cards | None = None,
+    palette: Sequence[str] = (),
+) -> tuple[str, list[tuple[str, str]]]:
+    """Notes, and many questions about them with their answers; a share of these is `point`.
 
-    A look-up is learnt from many look-ups: an exchange with a single answer holds too few.
+    Where a clip with the cards `shown` stands before the notes, about its cards too. A look-up is
+    learnt from many look-ups: an exchange with a single answer holds too few.
     """
-    cards = draw_cards(rng, int(rng.integers(2, 7)))
+    if shown is None:
+        notes = draw_cards(rng, int(rng.integers(2, 7)), palette=pointing.palette(rng))
+    else:
+        notes = _notes(rng, shown, palette)
+    cards = [*notes, *(shown or ())]
     colours = [colour for colour, _ in cards]
     turns = []
     for _ in range(16):
+        if pointing.drawn(rng) or not cards:
+            task = point(rng, cards, "", pointing.absent)
+            turns.append((f"{task.question} {task.tail}", task.reply))
+            continue
         kind = rng.random()
         some = rng.permutation(len(cards))[: int(rng.integers(1, 4))]
         if kind < 0.1:
@@ -239,8 +299,9 @@ def talk(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
             turns.append((task.question or task.tail, task.reply))
         elif asked := ask(rng, cards):
             turns.append((asked[0], asked[2]))
-    turns = [turn for turn in turns if turn[1]]
-    return f"Notes: {text(cards)}", turns
+    # That a clip does not show what a question is about is to be seen; of notes, it is soon known.
+    turns = [turn for turn in turns if turn[1] or (shown is not None and POINT in turn[0])]
+    return f"Notes: {text(notes)}", turns
 
 
 def _look_up(what: str, pairs: Cards) -> tuple[str, str]:
@@ -248,12 +309,13 @@ def _look_up(what: str, pairs: Cards) -> tuple[str, str]:
     return f"{what} {' '.join(a for a, _ in pairs)}.", " ".join(b for _, b in pairs)
 
 
-def without_clip(rng: np.random.Generator, pointed: float = 0.0) -> Task:
+def without_clip(rng: np.random.Generator, pointing: Pointing = NEVER) -> Task:
     """An exchange about a text alone; a share of them is `point`."""
-    kind, cards = rng.random(), draw_cards(rng, int(rng.integers(1, 6)))
+    kind, count = rng.random(), int(rng.integers(1, 6))
+    cards = draw_cards(rng, count, palette=pointing.palette(rng))
     notes = text(cards)
-    if pointed and rng.random() < pointed:
-        return point(rng, cards, notes)
+    if pointing.drawn(rng):
+        return point(rng, cards, notes, pointing.absent)
     if kind < 0.25:
         return only(rng, cards, notes)
     return about(rng, cards, notes, closed=0.5) or without_clip(rng)
