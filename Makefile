@@ -14,6 +14,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 ARGS ?=
+# The C library's memory in huge pages, where Linux gives them: new pages are a tenth of a step.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Quick tests run in so many processes; those of a file in one, for what they share.
+JOBS ?= 2
 
 .PHONY: demo test test-slow test-lmms lint base clean aot aot-tpu aot-gpu aot-chip \
 	docs docs-serve notebooks notebooks-run
@@ -27,10 +31,10 @@ ablations: $(VENV)/installed
 	$(RUN) -m benchmarks.ablations $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow --durations=15
 
 test-lmms: $(VENV)-lmms/installed
 	$(VENV)-lmms/bin/python -m pytest tests/test_lmms_plugin.py

@@ -1,6 +1,6 @@
 """Speed of this project against transformers on torch, side by side on this machine's CPU.
 
-    python -m benchmarks.speed_vs_transformers            # about 150M parameters, medians of 5
+    python -m benchmarks.speed_vs_transformers     # about 150M parameters, medians of 5: 45 minutes
 
 Both have the same random weights, see the same frames and prompts and read the same tokens: what
 ours samples, theirs is made to sample too. Runs alternate, so that whatever else the machine does
@@ -20,11 +20,7 @@ Beside each row is the floor: its operations over the fastest matrix product mea
 """
 
 import argparse
-import dataclasses
-import statistics
-import tempfile
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,86 +30,50 @@ import transformers
 from einops import rearrange
 from flax import nnx
 
+from benchmarks.side_by_side import (
+    CLOCKS,
+    OUTSIDE,
+    Size,
+    in_torch,
+    make_batch,
+    make_config,
+    matmul_rate,
+    operations,
+    side_by_side,
+    small_size,
+    whole_samples,
+)
 from videomem_jax import command_line, rollout, run
 from videomem_jax import grammar as fmt
 from videomem_jax import memory as mem
-from videomem_jax import prompt as prompts
-from videomem_jax.batch import Batch, Chain, Clip, Prefix
-from videomem_jax.data.video import patch_positions
-from videomem_jax.models import convert
-from videomem_jax.models.config import Qwen3VLConfig, TextConfig, VisionConfig
+from videomem_jax.batch import Batch
 from videomem_jax.models.qwen3_vl import Qwen3VL, parameter_count
 from videomem_jax.tokenizer import Tokenizer
 
 SAMPLES, TOKENS = 8, 128
-CLOCKS = {"wall": time.perf_counter, "work": time.process_time}
 BARS = {"prompt": 1.3, "samples": 3.0, "loop": 4.0}
-
-
-class Size(NamedTuple):
-    """What is run: segments, frame pairs a clip and their grid in patches."""
-
-    config: Qwen3VLConfig
-    segments: int
-    pairs: int
-    grid: tuple[int, int]
 
 
 def size_of(tokenizer: Tokenizer, small: bool) -> Size:
     """The benchmark's sizes, or (small) some that only show that it runs."""
-    ids, d = tokenizer.ids, 64 if small else 768
-    text = TextConfig(
-        vocab_size=1024 if small else 32000,
-        hidden_size=d,
-        intermediate_size=128 if small else 2048,
-        num_hidden_layers=2 if small else 14,
-        num_attention_heads=4 if small else 12,
-        num_key_value_heads=2 if small else 4,
-        head_dim=32 if small else 64,
-        mrope_section=(6, 5, 5) if small else (12, 10, 10),
-        tie_word_embeddings=True,
+    if small:
+        return small_size(tokenizer.ids)
+    config = make_config(
+        tokenizer.ids,
+        vocab=32000,
+        width=768,
+        hidden=2048,
+        layers=14,
+        heads=12,
+        kv=4,
+        head=64,
+        depth=8,
+        tower=512,
+        tower_hidden=2048,
+        tower_heads=8,
+        deepstack=(2, 5),
     )
-    vision = VisionConfig(
-        depth=2 if small else 8,
-        hidden_size=32 if small else 512,
-        intermediate_size=64 if small else 2048,
-        num_heads=2 if small else 8,
-        out_hidden_size=d,
-        num_position_embeddings=2304,
-        deepstack_visual_indexes=(0,) if small else (2, 5),
-    )
-    config = Qwen3VLConfig(
-        text, vision, ids.video_pad, ids.image_pad, ids.vision_start, ids.vision_end
-    )
-    return Size(config, 2, 2, (4, 6)) if small else Size(config, 4, 15, (14, 32))
-
-
-def make_batch(tokenizer: Tokenizer, size: Size, slots: int) -> Batch:
-    """One example with random frames."""
-    rng, (height, width) = np.random.default_rng(0), size.grid
-    question, options = "What was seen first?", ["a red card", "a boat", "a house", "the moon"]
-    frames = np.arange(2 * size.pairs)
-    prefixes = []
-    for segment in range(size.segments):
-        times = segment * 2.0 * len(frames) + 2.0 * frames + 1.0
-        prefixes.append(prompts.write_prefix(tokenizer, question, options, times, size.grid, 2**14))
-    longest = max(int(prefix.mask.sum()) for prefix in prefixes)
-    cut = lambda a: a[..., :longest] if np.ndim(a) else a  # noqa: E731
-    prefix = jax.tree.map(lambda *a: np.stack([cut(x) for x in a])[None], *prefixes)
-    shape = (1, size.segments, size.pairs, height * width, size.config.vision.patch_dim)
-    places = patch_positions(16 * height, 16 * width)
-    repeat = lambda a: np.broadcast_to(a, (1, size.segments, *np.shape(a))).astype(np.int32)  # noqa: E731
-    none = np.full((1, size.segments), -1, np.int32)
-    return Batch(
-        prefix=Prefix(*prefix),
-        clip=Clip(rng.integers(0, 256, shape).astype(np.uint8), repeat(places), repeat(size.grid)),
-        chain=Chain(np.zeros((1, size.segments, slots), np.int32), none, none),
-        gold=np.zeros(1, np.int32),
-        so_far=np.zeros((1, size.segments), np.int32),
-        choices=np.array(tokenizer.ids.letters[:4], np.int32)[None, :, None],
-        record=np.zeros(1, np.int32),
-        real=np.ones(1, bool),
-    )
+    return Size(config, 4, 15, (14, 32))
 
 
 class Ours:
@@ -164,11 +124,7 @@ class Theirs:
     """The rows with transformers, given the tokens that ours sampled."""
 
     def __init__(self, model: Qwen3VL, form: mem.Format, batch: Batch, attention: str):
-        with tempfile.TemporaryDirectory() as folder:
-            convert.save_pretrained(model, folder)
-            self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=attention
-            ).eval()
+        self.model = in_torch(model, attention)
         self.form, self.batch = form, batch
         self.model.generation_config.eos_token_id = None  # so that all samples have all tokens
         self.text = torch.tensor(np.asarray(form.grammar.allowed[fmt.State.MEMORY]))
@@ -269,63 +225,12 @@ class _Drawn(transformers.LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
-def operations(size: Size, prompt: int, slots: int) -> dict[str, float]:
+def least(size: Size, prompt: int) -> dict[str, float]:
     """Multiplications and additions of each row, of matrix products alone."""
-    t, v = size.config.text, size.config.vision
-    heads, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    layer = t.hidden_size * (2 * heads + 2 * kv + 3 * t.intermediate_size)
-    token = 2 * t.num_hidden_layers * layer
-    attention = 4 * t.num_hidden_layers * heads  # a query and a key
-    patches = size.grid[0] * size.grid[1]
-    joined = v.hidden_size * v.spatial_merge_size**2
-    merger = joined * (joined + v.out_hidden_size) / v.spatial_merge_size**2
-    block = v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size)
-    patch = 2 * (v.patch_dim * v.hidden_size + v.depth * block)
-    patch += 2 * (1 + len(v.deepstack_visual_indexes)) * merger
-    patch += 4 * v.depth * v.hidden_size * patches
-    see = size.pairs * patches * patch
-    read = see + prompt * token + attention * prompt * prompt / 2
-    head = 2 * t.hidden_size * t.vocab_size
-    drawn = SAMPLES * TOKENS * (token + head + attention * (prompt + TOKENS / 2))
+    parts = operations(size)
+    read = parts.see + parts.read(prompt)
+    drawn = SAMPLES * parts.write(TOKENS, prompt)
     return {"prompt": read, "samples": drawn, "loop": size.segments * (read + drawn)}
-
-
-def matmul_rate(now, side: int = 2048) -> float:
-    """Operations a second of the fastest float32 matrix product of jax, torch and numpy here."""
-    a = np.random.default_rng(0).standard_normal((side, side), np.float32)
-    x, t = jnp.asarray(a), torch.tensor(a)
-    product = jax.jit(lambda x: x @ x)
-    best = {}
-    for name, once in (
-        ("jax", lambda: product(x).block_until_ready()),
-        ("torch", lambda: t @ t),
-        ("numpy", lambda: a @ a),
-    ):
-        once()
-        best[name] = 2 * side**3 / min(clock(once, now) for _ in range(7))
-    print("matrix product: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in best.items()))
-    return max(best.values())
-
-
-def clock(once, now=time.perf_counter) -> float:
-    """Seconds of one call, by `now`."""
-    began = now()
-    once()
-    return now() - began
-
-
-def side_by_side(repeats: int, now, ours, *theirs, prepare=lambda: None) -> list[float]:
-    """Medians of alternating runs; `prepare()` makes what each of `theirs` takes, off the clock."""
-    ours()  # compiling, and what a first call sets up
-    for once in theirs:
-        once(prepare())
-    found = [[] for _ in range(1 + len(theirs))]
-    for _ in range(repeats):
-        found[0].append(clock(ours, now))
-        for once, times in zip(theirs, found[1:], strict=True):
-            given = prepare()
-            times.append(clock(lambda: once(given), now))  # noqa: B023
-    return [statistics.median(times) for times in found]
 
 
 def main():
@@ -346,14 +251,10 @@ def main():
 
     tokenizer = Tokenizer.load(run.BASE)
     size = size_of(tokenizer, args.small)
-    slots = TOKENS - 1 - fmt.TAGS
+    slots = TOKENS - OUTSIDE
     model = Qwen3VL(size.config, rngs=nnx.Rngs(0))
     vocab = size.config.text.vocab_size
-    # Held to the format, every sample is as long as it can be but where it closes its memory.
-    machine = fmt.build(tokenizer, vocab, slots, forced=True)
-    allowed = machine.allowed.at[fmt.State.MEMORY, tokenizer.ids.memory_close].set(False)
-    machine = dataclasses.replace(machine, allowed=allowed)
-    form = mem.Format(machine, tokenizer.ids, prompts.turn_end(tokenizer))
+    form = whole_samples(tokenizer, vocab, slots)
     batch = make_batch(tokenizer, size, slots)
     words = np.flatnonzero(tokenizer.text_mask(vocab))
     memory = np.random.default_rng(1).choice(words, slots).astype(np.int32)
@@ -366,7 +267,7 @@ def main():
         f"torch {torch.__version__} on {torch.get_num_threads()} threads, jax {jax.__version__}"
     )
     rate = matmul_rate(CLOCKS[args.clock])
-    floor = {k: v / rate for k, v in operations(size, prompt, slots).items()}
+    floor = {k: v / rate for k, v in least(size, prompt).items()}
     ours = Ours(model, form, batch, memory)
 
     def repeated():
@@ -382,13 +283,24 @@ def main():
     gap = np.abs(np.stack(logprobs, 1)[:, text] - np.asarray(done.logprobs[0])[:, text]).max()
     print(f"same tokens; their log-probabilities differ by at most {gap:.1e}")
 
-    table, now = {}, CLOCKS[args.clock]
-    if "prompt" in args.rows:
-        table["prompt"] = side_by_side(
-            args.repeats, now, ours.prompt, lambda _: theirs.prompt(given)
+    now = CLOCKS[args.clock]
+    print(
+        f"{'':8} {'seconds':>9} {'bare':>9} {'':7} {'generate':>9} {'':7} {'bar':>5} {'floor':>9}"
+    )
+
+    def row(name: str, mine: float, bare: float, *more: float) -> None:
+        other = more[0] if more else bare  # a prompt alone is one call of the model
+        print(
+            f"{name:8} {mine:9.2f} {bare:9.2f} {bare / mine:6.2f}x {other:9.2f} "
+            f"{other / mine:6.2f}x {BARS[name]:5.1f} {floor[name]:9.2f}",
+            flush=True,
         )
+
+    if "prompt" in args.rows:
+        times = side_by_side(args.repeats, now, ours.prompt, lambda _: theirs.prompt(given))
+        row("prompt", *times)
     if "samples" in args.rows:
-        table["samples"] = side_by_side(
+        times = side_by_side(
             args.repeats,
             now,
             ours.samples,
@@ -396,25 +308,18 @@ def main():
             lambda cache: theirs.generate(given, tokens, cache),
             prepare=repeated,
         )
+        row("samples", *times)
     if "loop" in args.rows:
         steps = ours.loop()
         assert bool(steps.completions.mask.all()), "every sample must have all its tokens"
-        table["loop"] = side_by_side(
+        times = side_by_side(
             args.repeats,
             now,
             ours.loop,
             lambda _: theirs.loop(steps, by_generate=False),
             lambda _: theirs.loop(steps, by_generate=True),
         )
-    print(
-        f"{'':8} {'seconds':>9} {'bare':>9} {'':7} {'generate':>9} {'':7} {'bar':>5} {'floor':>9}"
-    )
-    for name, (mine, bare, *more) in table.items():
-        other = more[0] if more else bare  # a prompt alone is one call of the model
-        print(
-            f"{name:8} {mine:9.2f} {bare:9.2f} {bare / mine:6.2f}x {other:9.2f} "
-            f"{other / mine:6.2f}x {BARS[name]:5.1f} {floor[name]:9.2f}"
-        )
+        row("loop", *times)
 
 
 if __name__ == "__main__":

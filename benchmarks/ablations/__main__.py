@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablations                      # all of them, 3 seeds: many hours
     python -m benchmarks.ablations --quick              # the same with next to no training: minutes
+    python -m benchmarks.ablations --jobs 2             # two runs at once, logs in runs/ablations
     python -m benchmarks.ablations --only components    # one table; several with commas
     python -m benchmarks.ablations --write              # only the page, of what there is
 
@@ -35,12 +36,20 @@ def tables(text: str) -> list[str]:
     return [key for key in TABLES if key in chosen]
 
 
+def jobs(text: str) -> int:
+    """A positive number; for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs, such as 2")
+    return int(text)
+
+
 def main() -> None:
     parser = command_line.parser_of("benchmarks.ablations", __doc__)
     parser.add_argument("--folder", help="of all runs (runs/ablations, or runs/ablations-quick)")
     parser.add_argument("--quick", action="store_true", help="tiny runs, one seed")
     parser.add_argument("--only", type=tables, default=list(TABLES), help=", ".join(TABLES))
     parser.add_argument("--seeds", type=int, help="how many (3, or 1 with --quick)")
+    parser.add_argument("--jobs", type=jobs, default=1, help="runs at once, each on its cores (1)")
     parser.add_argument("--write", action="store_true", help="train nothing, write the page")
     parser.add_argument("--out", type=pathlib.Path, help="the page")
     flags = parser.parse_args()
@@ -51,7 +60,7 @@ def main() -> None:
     failed = []
     if not flags.write:
         try:
-            failed = work(runs, flags.only)
+            failed = work(runs, flags.only, flags.jobs)
         except Stopped as stop:
             print(stop)
             sys.exit(hosts.EXIT_STOPPED)

@@ -22,7 +22,6 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-from ml_collections import config_dict
 
 from benchmarks.ablations import data
 from benchmarks.ablations.variants import STUDIES
@@ -142,8 +141,7 @@ def study(folder: pathlib.Path, name: str, base: bool) -> None:
     """
     if not (folder / "model" / "config.json").is_file():
         raise ConfigError(f"--run={folder} holds no trained model: run train.py there first")
-    config = config_dict.ConfigDict(json.loads((folder / "config.json").read_text()))
-    s = settings.freeze(config)
+    s = settings.of_run(folder)
     run.prepare(s.runtime)
     s = settings.for_devices(s, jax.device_count())
     file = folder / "studies" / f"{name}.json"

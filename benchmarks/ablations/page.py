@@ -118,7 +118,7 @@ def _commands(runs: Runs) -> str:
     blocks = []
     for variant in VARIANTS.values():
         try:
-            lines = [shell(runs.commands(variant, 0)[0])]
+            lines = [shell(command) for command in runs.commands(variant, 0)]
         except RunError as error:
             lines = [f"# {error}"]
         if variant.changes.get("data.task") == "records":
@@ -129,7 +129,7 @@ def _commands(runs: Runs) -> str:
     blocks.append("\n".join(["# studies of full", shell(runs.data_command()), *lines]))
     listed = "\n\n".join(blocks)
     return (
-        "## The commands\n\nEach training is followed by `eval.py` with the same flags. These are "
-        "of seed 0; another seed is another `--config.seed`, with its folders.\n\n"
+        "## The commands\n\nThese are of seed 0; another seed is another `--config.seed`, with its "
+        "folders.\n\n"
         f"```bash\n{listed}\n```"
     )

@@ -33,10 +33,14 @@ class Plot:
     figure: Figure
 
 
-def _figure(title: str, columns: int = 1, width: float = 7.0) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(width, 4.2), layout="constrained", dpi=150)
+def _figure(
+    title: str, columns: int = 1, width: float = 7.0, rows: int = 1
+) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(
+        figsize=(width, 4.2 if rows == 1 else 3.2 * rows), layout="constrained", dpi=150
+    )
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(axis="y", color="#dddddd", linewidth=0.7)
@@ -63,12 +67,16 @@ def bars(name: str, title: str, found: Mapping[str, Mapping[int, float]]) -> Plo
         return None
     figure, (axes,) = _figure(f"{title}\n{_BAND}")
     means = [100 * e.mean for e in shown.values()]
-    axes.bar([*shown], means, yerr=_whiskers([*shown.values()]), color="#2a6fbb", capsize=4)
+    axes.barh([*shown], means, xerr=_whiskers([*shown.values()]), color="#2a6fbb", capsize=4)
     for place, mean in enumerate(means):
-        axes.annotate(f"{mean:.1f}", (place, 1), ha="center", va="bottom", color="white")
-    _shares(axes)
-    axes.tick_params(axis="x", labelrotation=20)
-    axes.legend(frameon=False)
+        axes.annotate(f"{mean:.1f}", (1, place), va="center", color="white")
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+    axes.set(xlim=(0, 100), xlabel="accuracy, %")
+    axes.axvline(100 * CHANCE, color="#444444", linewidth=0.9, linestyle="--")
+    at = (100 * CHANCE, 1.01)
+    axes.annotate("chance", at, xycoords=axes.get_xaxis_transform(), ha="center", fontsize=8)
     return Plot(name, title, figure)
 
 
@@ -138,21 +146,23 @@ def training(r: Results) -> Plot | None:
     for panel, label in zip(axes, ("step", "minutes (steps times their median)"), strict=True):
         _shares(panel)
         panel.set_xlabel(label)
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, ncols=3, loc="upper left")
     return Plot("training", title, figure) if drawn else None
 
 
 def sweeps(r: Results) -> Plot | None:
     """Accuracy by each setting that was swept."""
     title = "Accuracy by one setting, all others as in the demo"
-    figure, axes = _figure(f"{title}\n{_BAND}", len(SWEEPS), 15)
+    figure, axes = _figure(f"{title}\n{_BAND}", 3, 10, rows=-(-len(SWEEPS) // 3))
     drawn = False
-    for panel, (key, (heading, place, _)) in zip(axes, SWEEPS.items(), strict=True):
+    for panel, (key, (heading, place, _)) in zip(axes, SWEEPS.items(), strict=False):
         found = {value: r.accuracy(name) for value, name in swept(r, key).items()}
         drawn |= _line(panel, "here", found, color=_COLOURS["trained"])
         _shares(panel)
         panel.set(xlabel=place, xticks=[x for x, values in found.items() if values])
         panel.set_title(heading, fontsize=9)
+    for panel in axes[len(SWEEPS) :]:
+        panel.set_visible(False)
     return Plot("sweeps", title, figure) if drawn else None
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import queue
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +83,11 @@ class Runs:
             f"--workdir={self.of(variant.name, seed)}",
             *(f"--config.{key}={value}" for key, value in changes.items()),
         ]
-        return [["train.py", *flags], ["eval.py", *flags]]
+        evaluation = ["eval.py", *flags]
+        # The base and the cold start are the same for all: read in the run that trained them.
+        if variant.name != "coldstart":
+            evaluation.append(f"--config.eval.only={variant.model}")
+        return [["train.py", *flags], evaluation]
 
     def data_command(self) -> list[str]:
         """What makes the data sets beside the demo's own."""
@@ -137,62 +146,171 @@ def shell(command: Sequence[str]) -> str:
     return shlex.join(["python", *command])
 
 
-def call(command: Sequence[str]) -> None:
-    """Runs a Python command.
+class Caller:
+    """Runs Python commands, some at once: each on its share of the cores, with a log of its own.
 
-    Raises:
-      RunError: it failed.
-      Stopped: it, or this process, was told to stop; it has saved what it did.
+    A step of so small a model keeps two cores busy by half: two runs at once, one core each, take
+    three quarters of the time that they take one after the other.
+
+    Args:
+      jobs: how many at once.
+      logs: folder of what commands write, one file each; with one job they write to the terminal.
     """
-    print(f"\n$ {shell(command)}", flush=True)
-    process = subprocess.Popen([sys.executable, *command])
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        code = process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        process.kill()
-    if code in (hosts.EXIT_STOPPED, -signal.SIGTERM):
-        raise Stopped("told to stop; the same command goes on")
-    if code:
-        raise RunError(f"exit code {code} of {shell(command)}")
 
+    def __init__(self, jobs: int, logs: pathlib.Path):
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.jobs, self._logs, self._stopped = jobs, logs, False
+        self._shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        for job in range(jobs):
+            self._shares.put(cores[job::jobs])
+        self._running: set[subprocess.Popen] = set()
 
-def work(runs: Runs, tables: Sequence[str]) -> list[str]:
-    """Does what is not done yet, table by table and seed by seed.
+    def call(self, command: Sequence[str], name: str) -> None:
+        """Runs a command to its end.
 
-    Returns:
-      What failed, a sentence each: the others do not wait for it.
-    """
-    failed: dict[Any, str] = {}
+        Args:
+          command: what Python is to run.
+          name: of its log.
 
-    def make(name: str, seed: int) -> bool:
-        variant, place = VARIANTS[name], (name, seed)
-        if place in failed or not all([make(need, seed) for need in variant.needs]):
-            return False
+        Raises:
+          RunError: it failed.
+          Stopped: it, or this process, was told to stop; it has saved what it did.
+        """
+        print(f"\n$ {shell(command)}", flush=True)
+        share = self._shares.get()
         try:
-            if not runs.check(variant, seed):
-                if variant.changes.get("data.task") == "records":
-                    call(runs.data_command())
-                for command in runs.commands(variant, seed):
-                    call(command)
-        except RunError as error:
-            failed[place] = str(error)
-        return place not in failed
+            with self._output(name) as output:
+                code = self._finish([sys.executable, *command], share, output)
+        finally:
+            self._shares.put(share)
+        if self._stopped or code in (hosts.EXIT_STOPPED, -signal.SIGTERM):
+            raise Stopped("told to stop; the same command goes on")
+        if code:
+            where = f", see {self._logs / name}.log" if self.jobs > 1 else ""
+            raise RunError(f"exit code {code} of {shell(command)}{where}")
 
-    def look(study: str, seed: int) -> None:
+    def _output(self, name: str):
+        if self.jobs == 1:
+            return contextlib.nullcontext()
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return (self._logs / f"{name}.log").open("ab")
+
+    def _finish(self, command: Sequence[str], share: list[int], output) -> int:
+        """The exit code of a command; -SIGTERM where it is not to begin any more."""
+        if self._stopped:
+            return -signal.SIGTERM
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        self._running.add(process)
         try:
-            call(runs.data_command())
-            call(runs.study_command(study, seed))
-        except RunError as error:
-            failed[study, seed] = str(error)
+            if share:  # before it counts its cores
+                os.sched_setaffinity(process.pid, share)
+            return process.wait()
+        finally:
+            process.kill()
+            self._running.discard(process)
+
+    def stop(self, *_) -> None:
+        """Tells all commands to stop, and begins no other; a signal handler, too."""
+        self._stopped = True
+        for process in list(self._running):
+            process.terminate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A run, or a study of one: `needs` come before it."""
+
+    name: str
+    seed: int
+    needs: tuple[tuple[str, int], ...]
+    study: bool = False
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """What other tasks need it by."""
+        return self.name, self.seed
+
+
+def plan(runs: Runs, tables: Sequence[str]) -> list[Task]:
+    """Runs and studies of some tables, table by table and seed by seed, after what they need."""
+    found: dict[tuple[str, int], Task] = {}
+
+    def add(name: str, seed: int) -> None:
+        for need in VARIANTS[name].needs:
+            add(need, seed)
+        needs = tuple((need, seed) for need in VARIANTS[name].needs)
+        found.setdefault((name, seed), Task(name, seed, needs))
 
     for table in tables:
         for seed in range(runs.seeds):
-            ready = [make(name, seed) for name in TABLES[table].variants]
-            for study in TABLES[table].studies if all(ready) else ():
-                if (study, seed) not in failed and not complete(runs, study, seed):
-                    look(study, seed)
+            for name in TABLES[table].variants:
+                add(name, seed)
+            for study in TABLES[table].studies:
+                task = Task(study, seed, (("full", seed),), study=True)
+                found.setdefault(task.place, task)
+    return list(found.values())
+
+
+def work(runs: Runs, tables: Sequence[str], jobs: int = 1) -> list[str]:
+    """Does what is not done yet.
+
+    Args:
+      runs: of all.
+      tables: whose runs are made, in this order.
+      jobs: how many at once.
+
+    Returns:
+      What failed, a sentence each: the others do not wait for it.
+
+    Raises:
+      Stopped: told to stop.
+    """
+    caller, data = Caller(jobs, runs.folder / "logs"), threading.Lock()
+    failed: dict[tuple[str, int], str] = {}
+    done: set[tuple[str, int]] = set()
+    lost: set[tuple[str, int]] = set()  # failed, or without what they need
+
+    def make(task: Task) -> None:
+        name = f"{task.name}-{task.seed}"
+        variant = VARIANTS.get(task.name)
+        if complete(runs, *task.place) if task.study else runs.check(variant, task.seed):
+            return
+        if task.study or variant.changes.get("data.task") == "records":
+            with data:
+                caller.call(runs.data_command(), "data")
+        if task.study:
+            caller.call(runs.study_command(*task.place), name)
+            return
+        for command in runs.commands(variant, task.seed):
+            caller.call(command, name)
+
+    waiting, going = plan(runs, tables), {}
+    before = signal.signal(signal.SIGTERM, caller.stop)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        try:
+            while waiting or going:
+                for task in waiting:  # in an order in which one pass finds them all
+                    if lost & set(task.needs):
+                        lost.add(task.place)
+                waiting = [task for task in waiting if task.place not in lost]
+                # The first run makes the data that all share.
+                room = jobs if done or (runs.data / "train.jsonl").exists() else 1
+                ready = [task for task in waiting if done.issuperset(task.needs)]
+                for task in ready[: max(0, room - len(going))]:
+                    waiting.remove(task)
+                    going[pool.submit(make, task)] = task
+                ended, _ = concurrent.futures.wait(going, return_when="FIRST_COMPLETED")
+                for future in ended:
+                    task = going.pop(future)
+                    try:
+                        future.result()
+                        done.add(task.place)
+                    except RunError as error:
+                        failed[task.place] = str(error)
+                        lost.add(task.place)
+        finally:
+            caller.stop()
+            signal.signal(signal.SIGTERM, before)
     return list(failed.values())
 
 

@@ -43,7 +43,7 @@ def agreement(paper: float, here: Estimate) -> str:
     """Whether a difference has the direction that the paper's (in points) has."""
     if abs(paper) < 0.05:  # none, as far as its digits tell
         none = here.low <= 0 <= here.high
-        return "none to be told from zero, which agrees" if none else "not shown to be none"
+        return "none to be told from zero, which agrees" if none else "which does not agree"
     if math.isnan(here.low):
         same = here.mean * paper > 0
         return f"one seed, which {'agrees' if same else 'does not agree'} in direction"

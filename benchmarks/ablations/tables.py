@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from benchmarks.ablations import data, inference, paper, stats
 from benchmarks.ablations.results import Results, compared, number, percent, points
-from benchmarks.ablations.variants import BUDGETS, GAMMAS, GROUPS, PATHS, TABLES, TAUS, VARIANTS
+from benchmarks.ablations.variants import (
+    BUDGETS,
+    GAMMAS,
+    GROUPS,
+    PATHS,
+    SLOTS,
+    TABLES,
+    TAUS,
+    VARIANTS,
+)
 
 MODELS = {"base": "base", "start": "cold start", "trained": "cold start + PRPO"}
 
@@ -57,8 +66,10 @@ def coldstart(r: Results) -> Table:
         for a, b in (
             ("base", "ordinary"),
             ("base", "prpo_only"),
+            ("base", "prpo_forced"),
             ("base", "coldstart"),
             ("prpo_only", "full"),
+            ("prpo_forced", "full"),
             ("coldstart", "full"),
         )
     ]
@@ -67,8 +78,10 @@ def coldstart(r: Results) -> Table:
         "Accuracy of the final answer in percent. Ordinary supervised training is on questions and "
         "answers alone, without chains of memory: the model sees the whole video at once, with as "
         "many frames as four clips have, and is tested so. The base and PRPO alone, never taught "
-        "the format of memory and answer, are held to it when tested. Each phase has the same "
-        "number of samples in every run that has it.",
+        "the format of memory and answer, are held to it when tested. In training PRPO alone finds "
+        "no reward without the format, which the paper's base keeps when it is told to; so it is "
+        "tried with its samples held to the format, too. Each phase has the same number of samples "
+        "in every run that has it.",
         ["", "here", "format kept", "seeds", " / ".join(paper.COLDSTART_NAMES), "runs"],
         rows,
         sentences,
@@ -117,8 +130,8 @@ def components(r: Results) -> Table:
     return Table(
         "Components of PRPO",
         "Accuracy of the final answer in percent, all from the same cold start. Seconds are the "
-        "median of a training step; `equal time` has as many steps as fit into the time of all of "
-        "it, by these medians.",
+        "median of a training step beside whatever else ran (`--jobs`); `equal time` has as many "
+        "steps as fit into the time of all of it, by these medians.",
         [
             "",
             "here",
@@ -141,33 +154,44 @@ def tcr(r: Results) -> Table:
     last = {n: r.curves(n, "accuracy/segment_4") for n in names}
     alpha = {n: r.of(n, lambda s: s["config"]["prpo"]["alpha"]) for n in names}
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    density, signal, final, quick = {}, {}, {}, {}
+    density, signal, final, own, common = {}, {}, {}, {}, {}
     for n in names:
         earned = r.curves(n, "reward/answer")
         density[n] = {seed: mean(curve) / alpha[n][seed] for seed, curve in earned.items()}
         flat = r.curves(n, "no_signal")
         signal[n] = {seed: 1 - mean(curve) for seed, curve in flat.items()}
         final[n] = {seed: stats.settled(curve) for seed, curve in last[n].items()}
-        reached = {s: stats.steps_to(c, 0.9 * final[n][s]) for s, c in last[n].items()}
-        quick[n] = {seed: step for seed, step in reached.items() if step}
+        # Of one level for both, too: a run that ends low is soon at 90% of its own.
+        for found, level in ((own, final[n]), (common, final["full"])):
+            seeds = last[n].keys() & level.keys()
+            found[n] = {s: stats.steps_to(last[n][s], 0.9 * level[s]) for s in seeds}
 
     def row(label: str, found: dict, scale: float, digits: int, told: str) -> list[str]:
+        """Where not all seeds have a number, how many have none."""
         a, b = (found[n] for n in names)
+        cells = []
+        for one in (a, b):
+            late = sum(value is None for value in one.values())
+            some = f"not reached by {late} of {len(one)}" if late < len(one) else "not reached"
+            cells.append(some if late else number(one, scale, digits))
+        if None in (*a.values(), *b.values()):
+            return [label, *cells, "", told]
         ratio = {seed: a[seed] / b[seed] for seed in a.keys() & b.keys() if b[seed]}
-        cells = [number(one, scale, digits) for one in (a, b)]
         return [label, *cells, number(ratio, digits=2), told]
 
     accuracy = {n: r.accuracy(n) for n in names}
     rows = [
         row("completions rewarded for their answer, %", density, 100, 1, f"{paper.DENSITY} x"),
         row("groups with a signal, %", signal, 100, 1, "not given"),
-        row("steps to 90% of the final accuracy", quick, 1, 0, f"{paper.STEPS} x"),
+        row("steps to 90% of the final accuracy", own, 1, 0, f"{paper.STEPS} x"),
+        row("steps to 90% of that with TCR", common, 1, 0, "not given"),
         row("accuracy, %", accuracy, 100, 1, " and ".join(map(str, paper.LVBENCH.values()))),
     ]
     change = paper.LVBENCH["no_tcr"] - paper.LVBENCH["full"]
     found = stats.difference(accuracy["full"], accuracy["no_tcr"])
     sentences = [compared("With the reward at the end only", change, "LVBench", found)]
-    ratio = [quick["full"][s] / quick["no_tcr"][s] for s in quick["full"] if s in quick["no_tcr"]]
+    both = [(step, own["no_tcr"].get(seed)) for seed, step in own["full"].items()]
+    ratio = [one / other for one, other in both if one and other]
     if ratio:
         faster = stats.estimate(ratio).mean < 1
         sentences.append(
@@ -178,7 +202,9 @@ def tcr(r: Results) -> Table:
     return Table(
         "TCR against a reward at the end",
         "Means over training; the final accuracy is the mean of the last tenth of the steps, of "
-        "sampled completions, and a run has reached 90% of its own when the mean of 21 steps has.",
+        "sampled completions, and a run has reached 90% of its own when the mean of 21 steps has. "
+        "In the plot, runs with PSP go on from memories drawn by their rewards, those without from "
+        "each completion's own: what a model answers by itself is in the table above.",
         ["", "TCR", "at the end", "ratio", "paper"],
         rows,
         sentences,
@@ -219,9 +245,9 @@ def memory(r: Results) -> Table:
     for kind, found in zip(inference.names("memory")[1:], others, strict=True):
         if lost := stats.difference(own, found):
             sentences.append(
-                f"With its memory {kind}, the trained model's last answers to questions that need "
-                f"nothing of the last clip are right {points(lost)} more often; if they come from "
-                f"the memory, this is negative: {stats.agreement(-1, lost)}."
+                f"With its memory {kind}, the accuracy of the trained model's last answers to "
+                f"questions that need nothing of the last clip changes by {points(lost)}; where "
+                f"they come from the memory, it falls: {stats.agreement(-1, lost)}."
             )
     return Table(
         "Where answers come from",
@@ -312,7 +338,12 @@ def cards(r: Results) -> Table:
 
 # The swept settings: key of the table -> (heading, key of the config, run by its value).
 SWEEPS = {
-    "budget": ("Memory budget", "memory.budget", {n: f"budget_{n}" for n in BUDGETS}),
+    "slots": ("Memory's room", "memory.slots", {n: f"slots_{n}" for n in SLOTS}),
+    "budget": (
+        "Memory tokens free of cost",
+        "memory.budget",
+        {n: f"budget_{n}" for n in BUDGETS},
+    ),
     "group": ("Group size", "prpo.group_size", {n: f"group_{n}" for n in GROUPS}),
     # With as many paths as completions nothing is drawn: that is PRPO without PSP.
     "paths": ("Memories carried (paths)", "prpo.paths", {n: f"paths_{n}" for n in PATHS}),
@@ -365,7 +396,7 @@ def all_of(r: Results) -> dict[str, list[Table]]:
         "tcr": [tcr(r)],
         "memory": [memory(r)],
         "length": [segments(r), length(r)],
-        "budget": [sweep(r, "budget")],
+        "budget": [sweep(r, "slots"), sweep(r, "budget")],
         "group": [sweep(r, "group")],
         "paths": [sweep(r, "paths")],
         "temperature": [sweep(r, "tau"), sweep(r, "gamma")],

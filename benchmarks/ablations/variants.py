@@ -53,6 +53,7 @@ def _prpo(name: str, label: str, **changes: Any) -> Variant:
 
 # A whole video at once, with as many frames as four clips have, and nothing but answers to learn.
 _ORDINARY = {
+    "prpo.learnt": 0,
     "prpo.steps": 0,
     "data.task": "records",
     "data.coldstart": "ordinary.jsonl",
@@ -62,6 +63,7 @@ _ORDINARY = {
     "prompt.answer_from": "all",
     "coldstart.instruction": "",
 }
+_UNTAUGHT = {"coldstart.steps": 0, "eval.forced": True}
 _GRPO = {"prpo.psp": False, "prpo.tcr": False, "prpo.expected": False}
 _COMPONENTS = (
     _prpo("no_psp", "without PSP", psp=False),
@@ -71,7 +73,7 @@ _COMPONENTS = (
     Variant("grpo", "GRPO (neither PSP nor TCR)", _GRPO),
     Variant("grpo_time", "GRPO, equal time", _GRPO, as_long_as="full", like="grpo"),
 )
-BUDGETS, GROUPS, PATHS = (0, 2, 8, 10), (4, 16), (2, 4)
+BUDGETS, SLOTS, GROUPS, PATHS = (4,), (1, 2, 4), (4, 16), (2, 4)
 TAUS, GAMMAS = (0.1, 2.0), (0.98, 1.0)
 
 VARIANTS = {
@@ -79,11 +81,18 @@ VARIANTS = {
     for variant in (
         Variant("coldstart", "cold start only", {"prpo.steps": 0}, start=""),
         Variant("ordinary", "ordinary supervised", _ORDINARY, start=""),
-        # Never taught the format, it is held to it in evaluation, as the base is.
-        Variant("prpo_only", "PRPO only", {"coldstart.steps": 0, "eval.forced": True}, start=""),
+        # Never taught the format, they are held to it in evaluation, as the base is.
+        Variant("prpo_only", "PRPO only", _UNTAUGHT, start=""),
+        Variant(
+            "prpo_forced",
+            "PRPO only, held to the format",
+            {**_UNTAUGHT, "prpo.forced": True},
+            start="",
+        ),
         _prpo("full", "cold start + PRPO"),
         *_COMPONENTS,
         *(Variant(f"budget_{n}", f"budget {n}", {"memory.budget": n}) for n in BUDGETS),
+        *(Variant(f"slots_{n}", f"{n} slots", {"memory.slots": n}) for n in SLOTS),
         *(_prpo(f"group_{n}", f"group of {n}", group_size=n) for n in GROUPS),
         *(_prpo(f"paths_{n}", f"{n} paths", paths=n) for n in PATHS),
         *(_prpo(f"tau_{n}", f"tau_0 {n}", tau_0=n) for n in TAUS),
@@ -104,12 +113,14 @@ class Needs:
 
 
 TABLES = {
-    "coldstart": Needs(("coldstart", "ordinary", "prpo_only", "full")),
+    "coldstart": Needs(("coldstart", "ordinary", "prpo_only", "prpo_forced", "full")),
     "components": Needs(("full", *(variant.name for variant in _COMPONENTS))),
     "tcr": Needs(("full", "no_tcr")),
     "memory": Needs(("full",), ("memory",)),
     "length": Needs(("full",), ("segments", "extent")),
-    "budget": Needs(("full", *(f"budget_{n}" for n in BUDGETS))),
+    "budget": Needs(
+        ("full", *(f"slots_{n}" for n in SLOTS), *(f"budget_{n}" for n in BUDGETS)),
+    ),
     "group": Needs(("full", *(f"group_{n}" for n in GROUPS))),
     "paths": Needs(("full", *(f"paths_{n}" for n in PATHS), "no_psp")),
     "temperature": Needs(
@@ -132,8 +143,9 @@ class Sizes:
     videos: int
 
 
-# Longer videos are the studies' own.
-WHOLE = Sizes({"data.test_long": ""}, videos=50)
+# Longer videos are the studies' own. A training is cut to less than a third of the demo's: so many
+# runs are to be had in hours, and methods differ in how fast they learn, too.
+WHOLE = Sizes({"data.test_long": "", "prpo.steps": 80}, videos=50)
 QUICK = Sizes(
     {
         "data.test_long": "",
