@@ -44,8 +44,8 @@ data = f"--config.data.folder={folder / 'data'}"
 # The next cell cuts stretches of the film into videos of four clips, with cards in between, and
 # asks about them: what was on the red card, which came first, which came right after another, how
 # many there were of a colour. Then it trains the shipped base model, which can describe a clip
-# but knows no memory, on chains of memory: texts of which a clip's is right if it holds some of
-# the cards so far. What a question needs is not in them.
+# and tell what a question is about but knows no memory, on chains of memory: texts of which a
+# clip's is right if it holds some of the cards so far. What a question needs is not in them.
 
 # %%
 TRAIN = ["train.py", "--config=configs/demo.py", data, "--config.checkpoints.every=10", *FLAGS]
@@ -105,7 +105,7 @@ notebook.run(*PRPO, curves=("reward", "accuracy/segment_4", "memory_tokens"))
 
 # %% [markdown]
 # The same question again. A run of this length shows how it goes, not how far: `make demo` is the
-# same with 250 and 300 steps.
+# same with 120 and 280 steps.
 
 # %%
 ask(prpo / "model")
