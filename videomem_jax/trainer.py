@@ -191,7 +191,7 @@ class Trainer:
     def _step(self, state: TrainState, grads) -> tuple[TrainState, Float[Array, ""]]:
         updates, opt = self._transform.update(grads, state.opt, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        return TrainState(trained, opt, state.step + 1), optax.global_norm(grads)
+        return TrainState(trained, opt, state.step + 1), optax.tree.norm(grads)
 
     # --- rollout ---
 
