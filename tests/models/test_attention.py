@@ -72,7 +72,8 @@ def test_the_kernel_in_bfloat16():
 
 def test_what_each_query_sees_of_the_prompt_is_left_to_the_reference():
     q, k, v, mask, context, context_mask = inputs(jnp.float32, 200)
-    by_query = jnp.broadcast_to(context_mask[:, None, None], (1, R, S, 200)).at[:, :, 100:].set(False)
+    by_query = jnp.broadcast_to(context_mask[:, None, None], (1, R, S, 200))
+    by_query = by_query.at[:, :, 100:].set(False)
     run = functools.partial(attention.causal, q, k, v, mask, context, by_query)
     np.testing.assert_array_equal(run(kind="splash"), run(kind="xla"))
 

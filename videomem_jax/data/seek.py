@@ -109,6 +109,8 @@ class _Finder:
     def __init__(self, container, stream, fps: float):
         self._container, self._stream = container, stream
         self._codec = stream.codec_context
+        # Others' decoders (libdav1d) are told when they open, for good, what to leave out.
+        self._leaves_out = not self._codec.name.startswith("lib")
         self._second = 1 / float(stream.time_base)
         self._reorder = math.ceil(_REORDER * self._second / fps)
         self._packets: Iterator = iter(())
@@ -256,7 +258,7 @@ class _Finder:
 
     def _feed(self, packet: av.Packet | None, wanted: int) -> None:
         """Gives the decoder a packet (None: there are no more) and takes the frames it gives."""
-        skip = packet is not None and packet.pts < wanted
+        skip = self._leaves_out and packet is not None and packet.pts < wanted
         self._codec.skip_frame = "NONREF" if skip else "DEFAULT"
         if packet is not None and not skip:
             self._inside.add(packet.pts)
