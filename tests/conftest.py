@@ -21,6 +21,7 @@ from tests import random_folder
 from tests.commands import DEMO, copies, finish, start
 from tests.compiling import hasty_options
 from tests.data import benchmark_folders
+from tests.steps import batch, rolled, trainer_of  # noqa: F401 (fixtures)
 from videomem_jax import grammar as fmt
 from videomem_jax.batch import Batch, Chain, Clip, Prefix
 from videomem_jax.benchmark import config as keys

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.endpoint import Raw, serving
-from tests.test_trainer import (  # noqa: F401
+from tests.steps import (
     BASE,
     EXAMPLES,
     GROUP,
@@ -18,11 +18,9 @@ from tests.test_trainer import (  # noqa: F401
     SEGMENTS,
     assert_close,
     assert_same,
-    batch,
     fresh,
     host,
     roll,
-    trainer_of,
     with_prpo,
 )
 from videomem_jax import prpo, settings
@@ -46,7 +44,7 @@ def by_letter(cases):
 
 
 @pytest.fixture(scope="module")
-def mixed(batch):  # noqa: F811
+def mixed(batch):
     """The random batch, every second example open-ended."""
     is_open = np.array([r.is_open for r in RECORDS])
     return batch._replace(
@@ -56,7 +54,7 @@ def mixed(batch):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def rollout_of(trainer_of, tokenizer, hasty):  # noqa: F811
+def rollout_of(trainer_of, tokenizer, hasty):
     """Judged rollouts, hastily compiled."""
 
     def make(judge, mesh=ONE, s=BASE, patience=3):
@@ -70,7 +68,7 @@ def rollout_of(trainer_of, tokenizer, hasty):  # noqa: F811
     return make
 
 
-def run(trainer, rollout, batch, seed=3, state=None):  # noqa: F811
+def run(trainer, rollout, batch, seed=3, state=None):
     state = trainer.first if state is None else state
     key = jax.random.key(seed)
     rows, seen = rollout(state.trained, trainer.frozen, batch, key, state.step)
@@ -83,7 +81,7 @@ def no_judge(cases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("s", [BASE, GRPO, with_prpo(paths=2)], ids=["prpo", "grpo", "two paths"])
-def test_without_open_questions_it_is_the_rollout_of_the_scanned_loop(rollout_of, batch, s):  # noqa: F811
+def test_without_open_questions_it_is_the_rollout_of_the_scanned_loop(rollout_of, batch, s):
     trainer, rollout = rollout_of(no_judge, s=s)
     rows, seen = run(trainer, rollout, batch)
     others, also = roll(trainer, trainer.first, batch)

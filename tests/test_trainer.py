@@ -1,142 +1,37 @@
-"""The steps of training: on one device and on eight, with shared prompts, in parts, resumed."""
-
-import dataclasses
-import functools
+"""The steps of training: on one device and on eight, their rollouts, resumed."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 
-from videomem_jax import grammar, memory, prpo, sharding
-from videomem_jax import settings as cfg
-from videomem_jax.accumulation import micro_batches
-from videomem_jax.batch import Chain
-from videomem_jax.checkpoint import Checkpoints
-from videomem_jax.models.vision import VisionFeatures
-from videomem_jax.trainer import Trainer, optimizer, strongest
-
-EXAMPLES, SEGMENTS, SLOTS, GROUP = 8, 2, 4, 4
-ONE, EIGHT, MIXED = (1, 1, 1), (8, 1, 1), (2, 2, 2)
-
-BASE = cfg.Settings(
-    memory=cfg.Memory(slots=SLOTS, budget=1),
-    prompt=cfg.Prompt(segments=SEGMENTS),
-    coldstart=cfg.Coldstart(
-        steps=8, batch=EXAMPLES, optimizer=cfg.Optimizer(learning_rate=1e-2, warmup=0)
-    ),
-    prpo=cfg.PRPO(
-        steps=8,
-        batch=EXAMPLES,
-        group_size=GROUP,
-        accumulate=1,
-        beta=0.1,
-        temperature=4.0,
-        # Not clipped, so that the optimizer's first moment shows the gradient.
-        optimizer=cfg.Optimizer(learning_rate=1e-2, warmup=0, clip_norm=1e9),
-    ),
+from tests.steps import (
+    BASE,
+    COLD,
+    EIGHT,
+    EXAMPLES,
+    EXPECTED,
+    GROUP,
+    GRPO,
+    HALF,
+    LORA,
+    LORA_GRPO,
+    MIXED,
+    ONE,
+    SEGMENTS,
+    SLOTS,
+    assert_close,
+    assert_same,
+    fresh,
+    gradient,
+    host,
+    is_adam,
+    roll,
+    update,
+    with_prpo,
 )
-COLD = dataclasses.replace(BASE, model=cfg.Model(train_vision=True))
-
-
-def with_prpo(**changes) -> cfg.Settings:
-    return dataclasses.replace(BASE, prpo=dataclasses.replace(BASE.prpo, **changes))
-
-
-GRPO = with_prpo(psp=False, tcr=False)
-EXPECTED = with_prpo(expected=True, adv_norm="none")
-ADAPTED = cfg.Model(lora_rank=2, lora_alpha=4.0, chunk=3)
-HALF = with_prpo(learnt=1)
-LORA, LORA_GRPO = (dataclasses.replace(s, model=ADAPTED) for s in (BASE, GRPO))
-
-
-@pytest.fixture(scope="module")
-def trainer_of(tiny, form_of, hasty):
-    """Trainers of a mesh, phase and settings, made once; hastily compiled."""
-    form = form_of("loose", SLOTS)
-
-    @functools.cache
-    def make(mesh=ONE, phase="prpo", settings=BASE) -> Trainer:
-        count = int(np.prod(mesh))
-        if jax.device_count() < count:
-            pytest.skip(f"{count} devices are needed")
-        devices = sharding.make_mesh(cfg.Mesh(*mesh), jax.devices()[:count])
-        # A copy: a step may take the place of what it was given.
-        model = nnx.merge(tiny.graph, jax.tree.map(jnp.copy, tiny.state))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=hasty))
-            return Trainer(model, form, settings, devices, phase)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def batch(batch_of, tokenizer):
-    """Random examples with chains of memory."""
-    rng, made = np.random.default_rng(5), batch_of(EXAMPLES, SEGMENTS, SLOTS)
-    words = np.array(tokenizer.encode("xyz"))
-    length = rng.integers(-1, SLOTS + 1, (EXAMPLES, SEGMENTS)).astype(np.int32)
-    text = words[rng.integers(0, 3, (EXAMPLES, SEGMENTS, SLOTS))].astype(np.int32)
-    pad = np.arange(SLOTS) >= length[..., None]
-    return made._replace(
-        chain=Chain(
-            np.where(pad, np.int32(tokenizer.ids.pad), text),
-            length,
-            rng.integers(-1, 2, (EXAMPLES, SEGMENTS)).astype(np.int32),
-        )
-    )
-
-
-def fresh(trainer):
-    """The first state, in buffers that a step may take."""
-    return jax.tree.map(jnp.copy, trainer.first)
-
-
-def host(tree):
-    return jax.tree.map(np.asarray, tree)
-
-
-def roll(trainer, state, batch, seed=3):
-    """One rollout, and its metrics."""
-    key = jax.random.key(seed)
-    rows, seen = trainer.rollout_step(state.trained, trainer.frozen, batch, key, state.step)
-    return rows, host(seen)
-
-
-def update(trainer, rows, times=1):
-    """The state after some updates from the first, and the metrics of each."""
-    state, said = fresh(trainer), []
-    for _ in range(times):
-        state, values = trainer.update_step(state, trainer.frozen, trainer.reference, rows)
-        said.append(host(values))
-    return state, said
-
-
-def gradient(state):
-    """Of the first update, from the optimizer's first moment."""
-    adam = next(s for s in jax.tree.leaves(state.opt, is_leaf=is_adam) if is_adam(s))
-    return host(jax.tree.map(lambda m: m / (1 - BASE.prpo.optimizer.b1), adam.mu))
-
-
-def is_adam(x):
-    return isinstance(x, optax.ScaleByAdamState)
-
-
-def assert_close(a, b, tolerance=1e-5):
-    """Of every array, relative to its largest number where that is above 1."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(
-        jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
-    ):
-        atol = tolerance * max(1.0, np.abs(y).max())
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
-
-
-def assert_same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+from videomem_jax import grammar, memory, prpo
+from videomem_jax.checkpoint import Checkpoints
 
 
 def test_what_an_answer_is_worth_and_a_token_costs(trainer_of, batch):
@@ -154,13 +49,6 @@ def test_what_an_answer_is_worth_and_a_token_costs(trainer_of, batch):
     costs = [float(trainer.beta(jnp.int32(step))) for step in (0, 1, 3, 4, 100)]
     np.testing.assert_allclose(costs, [0.1, 0.2, 0.4, 0.4, 0.4], rtol=1e-6)
     assert float(trainer_of().beta(jnp.int32(0))) == pytest.approx(BASE.prpo.beta)
-
-
-@pytest.fixture(scope="module")
-def rolled(trainer_of, batch):
-    """One rollout on one device, with a prompt a group."""
-    trainer = trainer_of()
-    return roll(trainer, trainer.first, batch)
 
 
 @pytest.fixture(scope="module")
@@ -357,181 +245,6 @@ def test_memories_earn_what_their_answers_do_on_average(trainer_of, batch):
 def test_temperature_anneals_with_the_updates(trainer_of):
     tau = [float(trainer_of().tau(jnp.int32(i))) for i in (0, 1, 100, 10_000)]
     assert tau == pytest.approx([1.0, 0.995, 0.995**100, 0.1], rel=1e-5)
-
-
-# --- the update ---
-
-
-def apart(rows):
-    """The completions of a shared prompt as prompts of their own."""
-    spread = lambda a: jnp.repeat(a, GROUP, axis=1)  # noqa: E731
-    alone = lambda a: a.reshape(SEGMENTS, EXAMPLES * GROUP, 1, *a.shape[3:])  # noqa: E731
-    return rows._replace(
-        prefix=jax.tree.map(spread, rows.prefix),
-        features=VisionFeatures(
-            spread(rows.features.embeds), jnp.repeat(rows.features.deepstack, GROUP, axis=2)
-        ),
-        choices=spread(rows.choices),
-        before=memory.Memory(spread(rows.before.tokens), spread(rows.before.length)),
-        tokens=alone(rows.tokens),
-        mask=alone(rows.mask),
-        weights=alone(rows.weights),
-        old=alone(rows.old),
-        advantages=alone(rows.advantages),
-    )
-
-
-@pytest.mark.slow
-def test_a_shared_prompt_is_separate_prompts(trainer_of, rolled):
-    rows, _ = rolled
-    assert np.asarray(rows.before.length[1]).any()
-    shared, said = update(trainer_of(), rows)
-    separate, also = update(trainer_of(), apart(rows))
-    assert_close(also, said)
-    assert_close(gradient(separate), gradient(shared))
-    assert max(np.abs(g).max() for g in jax.tree.leaves(gradient(shared))) > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [SEGMENTS, 2 * SEGMENTS])
-def test_micro_batches_are_one_batch(trainer_of, rolled, parts):
-    whole, said = update(trainer_of(), rolled[0])
-    state, also = update(trainer_of(settings=with_prpo(accumulate=parts)), rolled[0])
-    assert_close(also, said)
-    assert_close(gradient(state), gradient(whole))
-
-
-@pytest.mark.parametrize(("parts", "shape"), [(1, (1, 8)), (2, (2, 4)), (4, (4, 2)), (8, (8, 1))])
-def test_micro_batches_stay_where_they_are(parts, shape):
-    """Every device keeps its own rows, in equal numbers in every part."""
-    if jax.device_count() < 8:
-        pytest.skip("8 devices are needed")
-    mesh = sharding.make_mesh(cfg.Mesh(8, 1, 1), jax.devices()[:8])
-    rows = jnp.arange(4 * 16).reshape(4, 16)
-    placed = jax.device_put(rows, sharding.on_axis(mesh, 1))
-    split = jax.jit(lambda a: micro_batches(a, parts)).lower(placed).compile()
-    assert "all-gather" not in split.as_text() and "all-to-all" not in split.as_text()
-    got = split(placed)
-    assert got.sharding.shard_shape(got.shape) == shape
-    assert sorted(np.asarray(got).ravel().tolist()) == list(range(64))
-    # Segments stay together where there are no more parts than segments.
-    if parts <= 4:
-        segments = {frozenset((row // 16).tolist()) for row in np.asarray(got)}
-        assert sorted(map(sorted, segments)) == np.arange(4).reshape(parts, -1).tolist()
-
-
-def test_segments_that_teach_most_are_kept(rolled):
-    rows, _ = rolled
-    rng = np.random.default_rng(2)
-    size = (*rows.tokens.shape[:3], 1)
-    three = jax.tree.map(lambda a: np.concatenate([a, a[:1]]), rows)
-    advantages = rng.standard_normal((3, *size[1:])).astype(np.float32)
-    three = three._replace(advantages=advantages, mask=rng.random(three.mask.shape) < 0.5)
-    assert strongest(three, 3) is three
-    found = host(strongest(three, 2))
-    for row in range(EXAMPLES):
-        strength = [(np.abs(advantages) * three.mask)[i, row].sum() for i in range(3)]
-        kept = sorted(np.argsort(strength)[1:])
-        for name in ("tokens", "mask", "weights", "old", "advantages", "choices"):
-            a, b = getattr(found, name), getattr(three, name)
-            np.testing.assert_array_equal(a[:, row], np.asarray(b)[kept, row])
-        for a, b in zip(jax.tree.leaves(found.prefix), jax.tree.leaves(three.prefix), strict=True):
-            np.testing.assert_array_equal(a[:, row], np.asarray(b)[kept, row])
-        embeds, deep = found.features.embeds[:, row], found.features.deepstack[:, :, row]
-        np.testing.assert_array_equal(embeds, np.asarray(three.features.embeds)[kept, row])
-        np.testing.assert_array_equal(deep, np.asarray(three.features.deepstack)[kept, :, row])
-
-
-@pytest.mark.slow
-def test_segments_without_advantages_change_nothing(trainer_of, rolled):
-    """A rollout teaches what its stronger segments do, where the others teach nothing."""
-    rows, _ = rolled
-    weaker = np.arange(EXAMPLES) % SEGMENTS
-    teaches = (np.arange(SEGMENTS)[:, None] != weaker)[..., None, None]
-    rows = rows._replace(advantages=rows.advantages * teaches)
-    whole, _ = update(trainer_of(), rows)
-    part, _ = update(trainer_of(settings=HALF), strongest(rows, 1))
-    assert_close(gradient(part), gradient(whole))
-
-
-@pytest.mark.slow
-def test_kl_to_the_reference(trainer_of, rolled):
-    """Nothing at the start, more after an update, and the reference stays."""
-    trainer = trainer_of(settings=with_prpo(kl_coef=0.5))
-    before = host(trainer.reference)
-    _, said = update(trainer, rolled[0], times=2)
-    assert abs(said[0]["kl"]) < 1e-6 and said[1]["kl"] > 1e-5
-    assert_same(trainer.reference, before)
-    assert trainer_of().reference is None
-    # Where nothing has moved yet the penalty takes nothing.
-    assert said[0]["loss"] == pytest.approx(
-        float(update(trainer_of(), rolled[0])[1][0]["loss"]), abs=1e-6
-    )
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 2])
-def test_the_learning_rate(warmup):
-    """From 0 to the peak in the warm-up, then down to a share of it."""
-    settings = cfg.Optimizer(learning_rate=0.5, warmup=warmup, final=0.1, clip_norm=1e9)
-    transform = optimizer(settings, 6)
-    state, rates = transform.init(np.zeros(1, np.float32)), []
-    for _ in range(7):
-        step, state = transform.update(np.ones(1, np.float32), state, np.zeros(1, np.float32))
-        rates.append(float(-step[0]))
-    assert rates[:warmup] == pytest.approx([0.5 * i / warmup for i in range(warmup)], rel=1e-3)
-    assert rates[warmup] == pytest.approx(0.5, rel=1e-3) == max(rates)
-    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    assert rates[6] == pytest.approx(0.05, rel=1e-3)
-
-
-def test_the_vision_tower_is_frozen(trainer_of, rolled, tiny):
-    trainer = trainer_of()
-    assert "visual" not in trainer.first.trained and set(trainer.frozen) == {"visual"}
-    state, _ = update(trainer, rolled[0])
-    model = nnx.state(trainer.model(state))
-    assert_same(model["visual"], tiny.state["visual"])
-    moved = jax.tree.map(
-        lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()),
-        model["language_model"],
-        tiny.state["language_model"],
-    )
-    assert all(jax.tree.leaves(moved))
-
-
-@pytest.mark.slow
-def test_the_vision_tower_is_trained_on_request(trainer_of, batch, tiny):
-    trainer = trainer_of(phase="coldstart", settings=COLD)
-    assert not jax.tree.leaves(trainer.frozen)
-    state, _ = trainer.supervised_step(fresh(trainer), trainer.frozen, batch)
-    got = nnx.state(trainer.model(state))["visual"]
-    for path, leaf in jax.tree_util.tree_flatten_with_path(got)[0]:
-        first = tiny.state["visual"]
-        for key in path:
-            first = first[key.key] if hasattr(key, "key") else getattr(first, key.name)
-        assert (np.asarray(leaf) != np.asarray(first)).any(), jax.tree_util.keystr(path)
-    # PRPO reuses the features of the rollout: the tower stays as it is.
-    assert "visual" not in trainer_of(settings=COLD).first.trained
-
-
-@pytest.mark.slow
-def test_adapters_are_trained_in_place_of_the_weights(trainer_of, rolled, tiny):
-    """From nothing, they and nothing else; the reference is the model without them."""
-    settings = dataclasses.replace(with_prpo(kl_coef=0.5), model=ADAPTED)
-    trainer = trainer_of(settings=settings)
-    assert trainer.reference is None
-    names = {path[-2].key for path, _ in jax.tree_util.tree_flatten_with_path(trainer.first[0])[0]}
-    assert names == {"lora_a", "lora_b"}
-    assert_same(nnx.state(trainer.model(trainer.first)), tiny.state)
-    state, said = update(trainer, rolled[0], times=3)
-    assert said[0]["logprob_gap"] <= 1e-4 and abs(said[0]["kl"]) < 1e-6 < said[2]["kl"]
-    up = lambda s: s["language_model"]["layers"]["mlp"]["up_proj"]  # noqa: E731
-    adapter, base = host(up(state.trained)), host(up(tiny.state))["kernel"][...]
-    added = 2 * np.einsum("lir,lro->lio", adapter["lora_a"][...], adapter["lora_b"][...])
-    assert np.abs(added).max() > 1e-3
-    merged = nnx.state(trainer.model(state))
-    np.testing.assert_allclose(up(merged)["kernel"][...], base + added, atol=1e-6)
-    assert jax.tree.structure(merged) == jax.tree.structure(tiny.state)
-    assert_same(merged["visual"], tiny.state["visual"])
 
 
 def scrambled(batch, unreal):
