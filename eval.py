@@ -50,16 +50,16 @@ def evaluate_run(config, workdir_flag: str) -> None:
     loaded = {name: run.load(s, folder, shardings=place) for name, folder in models.items()}
     base, best = loaded["base"], list(loaded)[-1]
     evaluator = evaluate.Evaluator(base.model, base.form, mesh)
-    evaluators = dict.fromkeys(loaded, evaluator)
     # The base was never taught the format: it is held to it, the trained models if asked for. Nor
     # is a model that sees nothing sure of it, and a reply without an answer would be no guess.
     forced = run.make_format(base.tokenizer, base.model, s, forced=True).grammar
     jobs = [(name, name, records, s.prompt.segments, False) for name in loaded]
     # A cold start that was told something else is asked as it was trained, and as PRPO begins.
-    if "coldstart" in loaded and (told := s.coldstart.instruction):
-        evaluators["coldstart"] = evaluate.Evaluator(base.model, base.instructed(told), mesh)
+    told = {}
+    if "coldstart" in loaded and s.coldstart.instruction:
+        form = base.instructed(s.coldstart.instruction)
+        told["coldstart"] = evaluate.Evaluator(base.model, form, mesh)
         if "prpo" in loaded:
-            evaluators["prpo_start"] = evaluator
             jobs.insert(2, ("prpo_start", "coldstart", records, s.prompt.segments, False))
     jobs.append(("blind", best, records, s.prompt.segments, True))
     if s.data.test_long:
@@ -69,7 +69,7 @@ def evaluate_run(config, workdir_flag: str) -> None:
     jobs = evaluate.chosen(jobs, s.eval.only)
     items, skipped = {}, {}
     for name, model, test, segments, blind in jobs:
-        asks = evaluators.get(name, evaluator)
+        asks = told.get(name, evaluator)
         items[name], skips = evaluate.run(
             name,
             asks,
