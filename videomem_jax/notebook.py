@@ -12,7 +12,6 @@ Stopping a cell stops its command as SIGTERM does: train.py saves, and the same 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import html
 import importlib.metadata
 import io
@@ -145,12 +144,11 @@ def run(*command: object, curves: Sequence[str] = ()) -> None:
     words = [_python, *map(str, command)]
     workdir = next((w.partition("=")[2] for w in words if w.startswith("--workdir=")), None)
     process = subprocess.Popen(
-        words,
+        [*_ending_with_notebook(), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=_environment(),
         start_new_session=True,  # the notebook's interrupt is not the command's
-        preexec_fn=_end_with_notebook,
     )
     output, screen = _Output(process), _Screen()
     try:
@@ -171,13 +169,18 @@ def run(*command: object, curves: Sequence[str] = ()) -> None:
         raise CommandError(output.last() or f"exit code {process.returncode}")
 
 
-def _end_with_notebook() -> None:
-    """Lets the kernel of Linux tell the command to stop when the notebook's process ends.
+def _ending_with_notebook() -> tuple[str, ...]:
+    """What comes before a command for the kernel of Linux to stop it when the notebook ends.
 
-    Else a notebook that is restarted would find the accelerator taken.
+    Else a notebook that is restarted would find the accelerator taken. It is a process that asks
+    for this and becomes the command: a notebook has threads, and code between fork and exec could
+    wait forever for what one of them held.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform != "linux":
+        return ()
+    ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})"
+    code = f"import ctypes, os, sys; {ask}; os.execv(sys.argv[1], sys.argv[1:])"
+    return (sys.executable, "-I", "-S", "-c", code)
 
 
 class _Output:

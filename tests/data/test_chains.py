@@ -1,7 +1,6 @@
 """Chains of memory, with models that see the frames, forget, leak, fail and come back."""
 
 import base64
-import functools
 import io
 import json
 import os
@@ -335,11 +334,13 @@ def test_stopped_at_any_moment_it_goes_on(data, how):
         words += ["--vlm-name", "v", "--model", run.BASE]
         root = Path(chains.__file__).parents[2]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # Where the tests run in the background, their shell has processes ignore Ctrl-C.
-        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(
-            [sys.executable, *map(str, words)], cwd=root, preexec_fn=heeds, **pipes
-        )
+        # Where the tests run in the background, their shell has processes ignore Ctrl-C; a signal
+        # with a handler is as at first in a new process.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen([sys.executable, *map(str, words)], cwd=root, **pipes)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     log = chain_files.beside(data / "coldstart.jsonl", "chains.jsonl")
     with serving(vlm) as see, serving(slow) as think:
