@@ -53,27 +53,26 @@ def evaluate_run(config, workdir_flag: str) -> None:
     # The base was never taught the format: it is held to it, the trained models if asked for. Nor
     # is a model that sees nothing sure of it, and a reply without an answer would be no guess.
     forced = run.make_format(base.tokenizer, base.model, s, forced=True).grammar
-    jobs = [(name, name, records, s.prompt.segments, False) for name in loaded]
     # A cold start that was told something else is asked as it was trained, and as PRPO begins.
-    told = {}
+    readers = dict.fromkeys(loaded, evaluator)
     if "coldstart" in loaded and s.coldstart.instruction:
         form = base.instructed(s.coldstart.instruction)
-        told["coldstart"] = evaluate.Evaluator(base.model, form, mesh)
-        if "prpo" in loaded:
-            jobs.insert(2, ("prpo_start", "coldstart", records, s.prompt.segments, False))
-    jobs.append(("blind", best, records, s.prompt.segments, True))
+        readers["coldstart"] = evaluate.Evaluator(base.model, form, mesh)
+    t = s.prompt.segments
+    jobs = [(name, name, readers[name], records, t, False) for name in loaded]
+    if "prpo" in loaded and readers.get("coldstart", evaluator) is not evaluator:
+        jobs.insert(2, ("prpo_start", "coldstart", evaluator, records, t, False))
+    jobs.append(("blind", best, readers[best], records, t, True))
     if s.data.test_long:
-        jobs.append(
-            (f"{best}_{s.eval.long_segments}_segments", best, long, s.eval.long_segments, False)
-        )
+        t = s.eval.long_segments
+        jobs.append((f"{best}_{t}_segments", best, readers[best], long, t, False))
     jobs = evaluate.chosen(jobs, s.eval.only)
     items, skipped = {}, {}
-    for name, model, test, segments, blind in jobs:
-        asks = told.get(name, evaluator)
+    for name, model, reader, test, segments, blind in jobs:
         items[name], skips = evaluate.run(
             name,
-            asks,
-            asks.place(loaded[model].model),
+            reader,
+            reader.place(loaded[model].model),
             forced if model == "base" or blind or s.eval.forced else base.form.grammar,
             test,
             base.tokenizer,

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import signal
 import time
 
@@ -148,6 +149,29 @@ def test_a_run_that_is_stopped_again_and_again_goes_on_to_the_last_digit(
     code, out, err = finish(start(*command, environment=environment))
     assert code == 0 and "prpo: done before" in out
     assert numbers(workdir) == numbers(finished)
+
+
+@pytest.mark.slow
+def test_a_cold_start_is_asked_as_it_was_trained_wherever_it_is_the_best(
+    finished, small, environment, tmp_path
+):
+    """Were the longer videos the same ones, there would be the same memories and answers."""
+    shutil.copytree(finished / "coldstart_model", tmp_path / "coldstart_model")
+    config = json.loads((finished / "config.json").read_text())
+    test = config["data"]["test"]
+    config["data"] |= {"task": "records", "test_long": test}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    keys = ("data.task=records", f"data.test_long={test}", "eval.long_segments=4")
+    changes = [f"--config.{key}" for key in (*keys, "eval.only=coldstart,coldstart_4_segments")]
+    command = ("eval.py", *small, *changes, f"--workdir={tmp_path}")
+    code, out, err = finish(start(*command, environment=environment))
+    assert code == 0, err
+    one, other = (
+        (tmp_path / f"eval/{name}.jsonl").read_text()
+        for name in ("coldstart", "coldstart_4_segments")
+    )
+    assert one == other and len(one.splitlines()) == 8
+    assert "Cold start, 4 segments" in (tmp_path / "report.html").read_text()
 
 
 # --- the parts ---

@@ -111,8 +111,9 @@ def _context(run: Run, timelines: int) -> dict[str, Any]:
 
 def _name(key: str) -> tuple[str, str]:
     """How an evaluation is called, and its colour."""
-    if match := re.fullmatch(r"prpo_(\d+)_segments", key):
-        return f"PRPO, {match[1]} segments", "prpo"
+    if (match := re.fullmatch(r"(\w+)_(\d+)_segments", key)) and match[1] in _NAMES:
+        called, colour = _NAMES[match[1]]
+        return f"{called}, {match[2]} segments", colour
     return _NAMES.get(key, (key.replace("_", " "), "a"))
 
 
