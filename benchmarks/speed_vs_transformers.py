@@ -147,7 +147,7 @@ class Theirs:
     @torch.inference_mode()
     def prompt(self, given: dict[str, Any]):
         """Vision tower and prefill; the cache."""
-        return self.model(**given, use_cache=True, logits_to_keep=1).past_key_values
+        return self.model(**given, use_cache=True, logits_to_keep=1).cache
 
     @torch.inference_mode()
     def samples(self, cache, start: int, tokens: np.ndarray, logprobs: list | None = None):
@@ -163,9 +163,7 @@ class Theirs:
         token = torch.full((len(known), 1), self.form.turn_end[-1])
         for index in range(known.shape[1]):
             position = torch.full((3, len(known), 1), start + index)
-            out = self.model(
-                input_ids=token, position_ids=position, past_key_values=cache, use_cache=True
-            )
+            out = self.model(input_ids=token, position_ids=position, cache=cache, use_cache=True)
             scores = out.logits[:, -1].masked_fill(~self.text, -1e30)
             torch.multinomial(torch.softmax(scores, -1), 1)
             token = known[:, index : index + 1]

@@ -136,7 +136,7 @@ class Theirs:
         return self.model.model.language_model(
             inputs_embeds=x,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
             **vision,
         ).last_hidden_state

@@ -202,13 +202,13 @@ def by_segment(
 
 
 def memory_length(lines: Mapping[Line, Sequence[float]], budget: float | None) -> Markup:
-    """Mean tokens in the memory after each segment; `budget` (L_max) is marked if given."""
+    """Mean tokens in the memory after each segment; `budget` (L_max) is marked if there is one."""
     count, top = max(map(len, lines.values())), max(map(max, lines.values()))
 
     def paint(axes: Axes) -> None:
         for line, values in lines.items():
             axes.plot(range(1, len(values) + 1), values, color=_colour(line.colour), **_DOTS)
-        if budget is not None and budget <= 2 * top:
+        if budget and budget <= 2 * top:
             axes.axhline(budget, **_DASHED)
             _write(axes, "budget", (count + 0.2, budget), "ink")
             axes.set_ylim(0, 1.15 * max(top, budget))
