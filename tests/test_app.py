@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import browser
 from tests.data import damage
 from videomem_jax.data.needle_video import ASSETS
 from videomem_jax.models.config import ConfigError
@@ -23,10 +24,6 @@ client = pytest.importorskip("gradio_client")
 from videomem_jax import app  # noqa: E402
 
 FILM = ASSETS / "film/bbb_320x192_1fps.mp4"
-CHROME, DRIVER = (
-    shutil.which("chromium") or shutil.which("google-chrome"),
-    shutil.which("chromedriver"),
-)
 WAYS = ["red cat", "red cat <b>blue</b> frog", "blue frog tree"]
 
 
@@ -217,26 +214,18 @@ def test_videos_to_pick_from(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (CHROME and DRIVER), reason="there is no Chromium with its driver on PATH")
-def test_a_browser_watches_the_memory(served, reader, tmp_path):
+@browser.driver_needed
+def test_a_browser_watches_the_memory(served, reader, tmp_path, monkeypatch):
     """The question is typed, the button pressed; segments come one by one, with their frames."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1200,1500"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    browser = webdriver.Chrome(options=options, service=service)
-    reader.go_on = threading.Semaphore(0)
-    try:
-        browser.get(served)
-        find = lambda css: browser.find_elements("css selector", css)  # noqa: E731
+    monkeypatch.setattr(reader, "go_on", threading.Semaphore(0))
+    with browser.driven(tmp_path, "1200,1500") as page:
+        page.get(served)
+        find = lambda css: page.find_elements("css selector", css)  # noqa: E731
 
         def until(check, seconds=60):
             end = time.monotonic() + seconds
             while not check():
-                assert time.monotonic() < end, browser.page_source[-3000:]
+                assert time.monotonic() < end, page.page_source[-3000:]
                 time.sleep(0.05)
 
         until(lambda: find("#ask") and len(find("textarea")) >= 2)
@@ -260,16 +249,13 @@ def test_a_browser_watches_the_memory(served, reader, tmp_path):
             first.find_element("css selector", c).rect for c in (".frames", ".memory")
         )
         assert frames["x"] + frames["width"] <= memory["x"] and frames["width"] > 200
-        shot = browser.get_screenshot_as_png()
+        shot = page.get_screenshot_as_png()
         (tmp_path / "shot.png").write_bytes(shot)
         assert np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).std() > 20
         # Without a question there is a sentence, not a broken page.
         find("textarea")[0].clear()
         find("textarea")[0].send_keys(" ")
         find("#ask")[0].click()
-        until(lambda: "'question' must not be empty" in browser.page_source)
-        errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+        until(lambda: "'question' must not be empty" in page.page_source)
+        errors = [e for e in page.get_log("browser") if e["level"] == "SEVERE"]
         assert not [e for e in errors if served in e["message"]], json.dumps(errors)
-    finally:
-        reader.go_on = None
-        browser.quit()

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import browser
 from videomem_jax import report, report_plots, report_timelines
 from videomem_jax.data import needle, records, video
 
 SPLITS = {"test": needle.SplitSpec(3, 6, segments=4, part="test", seed=21)}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 NASTY = "<script>alert('x')</script>"
 
 
@@ -373,7 +372,7 @@ def test_what_cannot_be_written_is_a_sentence(workdir):
         report.write(workdir)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on PATH")
+@browser.needed
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_it(whole, tmp_path, scheme):
     shot = tmp_path / "shot.png"
@@ -382,7 +381,7 @@ def test_a_browser_shows_it(whole, tmp_path, scheme):
         "--disable-background-networking --disable-component-update --disable-sync "
         f"--window-size=1000,1600 --blink-settings=preferredColorScheme={int(scheme == 'light')}"
     )
-    command = [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'browser'}"]
+    command = [browser.BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'browser'}"]
     subprocess.run(
         [*command, f"--screenshot={shot}", (whole / "report.html").as_uri()],
         check=True,

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import browser
+
 pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 
@@ -28,10 +30,6 @@ from videomem_jax.data.records import (  # noqa: E402
     write_records,
 )
 
-CHROME, DRIVER = (
-    shutil.which("chromium") or shutil.which("google-chrome"),
-    shutil.which("chromedriver"),
-)
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -176,26 +174,17 @@ def test_it_can_be_driven_by_a_program(served, made):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (CHROME and DRIVER), reason="there is no Chromium with its driver on PATH")
+@browser.driver_needed
 def test_a_person_reviews_in_a_browser(served, made, tmp_path):
     """The first chain is edited and accepted, the second rejected; the file says so."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1300,1500"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
-    browser = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(executable_path=DRIVER)
-    )
-    try:
-        browser.get(served)
-        find = lambda css: browser.find_elements("css selector", css)  # noqa: E731
+    with browser.driven(tmp_path, "1300,1500") as page:
+        page.get(served)
+        find = lambda css: page.find_elements("css selector", css)  # noqa: E731
 
         def until(check, seconds=60):
             end = time.monotonic() + seconds
             while not check():
-                assert time.monotonic() < end, browser.page_source[-3000:]
+                assert time.monotonic() < end, page.page_source[-3000:]
                 time.sleep(0.05)
 
         memories = lambda: [a.get_property("value") for a in find(".memory textarea")]  # noqa: E731
@@ -208,7 +197,7 @@ def test_a_person_reviews_in_a_browser(served, made, tmp_path):
         until(lambda: "0 of 4" in find("#status")[0].text)
         first = find(".memory textarea")[0]
         first.send_keys(" in a tree")
-        shot = browser.get_screenshot_as_png()
+        shot = page.get_screenshot_as_png()
         (tmp_path / "shot.png").write_bytes(shot)
         if os.environ.get("REVIEW_SHOT"):
             shutil.copy(tmp_path / "shot.png", os.environ["REVIEW_SHOT"])
@@ -222,13 +211,11 @@ def test_a_person_reviews_in_a_browser(served, made, tmp_path):
         until(lambda: "c2:" in find("#about")[0].text)
         find(".memory textarea")[1].send_keys(" word" * 40)
         find("#accept")[0].click()
-        until(lambda: "the budget is 30" in browser.page_source)
+        until(lambda: "the budget is 30" in page.page_source)
         # Nothing of the data was run.
         assert not find("#about script") and not find('img[src="x"]')
-        errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+        errors = [e for e in page.get_log("browser") if e["level"] == "SEVERE"]
         assert not [e for e in errors if served in e["message"]], json.dumps(errors)
-    finally:
-        browser.quit()
     got = learnt(made)
     assert list(got) == ["c0", "c2"] and got["c0"].memories[0] == "a bird sings in a tree"
     assert len(read_records(made)[0]) == 3, "the chains themselves are as they were"
