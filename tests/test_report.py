@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -237,6 +238,17 @@ def test_smooth():
     values = np.array([0.0, 3.0, 6.0, 3.0])
     np.testing.assert_allclose(report_plots.smooth(values, 3), [1.5, 3.0, 4.0, 4.5])
     np.testing.assert_array_equal(report_plots.smooth(values, 1), values)
+
+
+@pytest.mark.parametrize(("budget", "marked"), [(None, 0), (0, 0), (3, 1), (30, 0)])
+@pytest.mark.parametrize("tokens", [[0, 0], [2, 4]])
+def test_a_budget_is_marked_where_it_fits_on_the_axis(tokens, budget, marked):
+    """Memories may be empty, and no token free of cost."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line = report_plots.Line("PRPO", "prpo")
+        drawn = str(report_plots.memory_length({line: tokens}, budget))
+    assert drawn.count(">budget<") == (marked if max(tokens) else 0)
 
 
 def test_content(page):
